@@ -1,0 +1,35 @@
+"""Errors a user can cause. Each one is one paragraph (where, got, expected, remedy) and one exit code of the CLI."""
+
+
+class UserError(ValueError):
+    """Something the user can mend. `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """A command line that cannot be understood."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A config that is wrong or does not fit the devices."""
+
+    exit_code = 3
+
+
+class MissingExtra(ConfigError):
+    """An optional package that this config needs is not installed."""
+
+
+class DataError(UserError):
+    """Text or token files that are missing, damaged or do not fit the config."""
+
+    exit_code = 4
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or does not fit the config."""
+
+    exit_code = 5
