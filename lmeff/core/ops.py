@@ -1,0 +1,191 @@
+"""The seam: everything the model may do to tensors that numerics, sharding or a measurement could want to change.
+
+The model calls `ops.einsum`, `ops.attend`, `ops.place`, `ops.embed` and `ops.tap`, and nothing else knows about activation
+quantization, packed weights, meshes or recording. `forward` receives a `MakeOps`, opens it once per traced scope (once for
+the scanned block), and returns what it recorded as an output of the scan: no global lists, so no leaked tracers.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from lmeff.core.dims import contracted, split_einsum
+from lmeff.core.numerics import (
+    QFormat,
+    QTensor,
+    dequantize,
+    expand,
+    fake_quantize,
+    fake_quantize_min_max,
+    is_qtensor,
+    quantize,
+    scale_from_range,
+)
+from lmeff.core.packed import packed_einsum
+
+Records = dict[str, jax.Array]
+Ranges = Mapping[str, jax.Array]
+
+
+class Einsum(Protocol):
+    """`einsum(equation, x, w, site=...)`: the model's only product of activations and weights."""
+
+    def __call__(self, equation: str, x: jax.Array, w: Any, *, site: str) -> jax.Array: ...
+
+
+class Ops(NamedTuple):
+    """One open scope of the seam.
+
+    einsum: activations times a weight (an array or a `QTensor`), at a named site.
+    attend: attention over local or sharded heads, `(q_BTHC, k_BSKC, v_BSKC, segments_BT) -> o_BTHC`.
+    place:  fixes the sharding of an activation by its letters; the identity on one device.
+    embed:  rows of a table "VD" (an array or a `QTensor`) by token id.
+    tap:    offers a named intermediate (residual stream, importance inputs) to whoever records.
+    """
+
+    einsum: Einsum
+    attend: Callable[..., jax.Array]
+    place: Callable[[jax.Array, str], jax.Array]
+    embed: Callable[[Any, jax.Array], jax.Array]
+    tap: Callable[[str, jax.Array], None]
+
+
+class Scope(NamedTuple):
+    """An open `Ops` and the function that closes it and gives what was recorded, `{site: array}`."""
+
+    ops: Ops
+    close: Callable[[], Records]
+
+
+MakeOps = Callable[[Ranges], Scope]
+"""Opens a scope, given the calibrated ranges `{site: [2]}` (low, high) of this layer; `{}` where none are needed."""
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Static activation formats, `{site: format}` as sorted pairs so that it hashes. Sites left out stay in floating point."""
+
+    activations: tuple[tuple[str, QFormat], ...] = ()
+
+    def at(self, site: str) -> QFormat | None:
+        """The format of the activations that enter `site`."""
+        return dict(self.activations).get(site)
+
+    @property
+    def static_sites(self) -> tuple[str, ...]:
+        """The sites whose scale is calibrated and not found per token."""
+        return tuple(site for site, format in self.activations if format.granularity == "tensor")
+
+
+def _activation_scale(x: jax.Array, format: QFormat, range_2: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Scale and zero of a calibrated range, in the keepdims shape of `x` reduced over everything."""
+    scale, zero = scale_from_range(range_2[0], range_2[1], format)
+    ones = (1,) * x.ndim
+    return scale.reshape(ones), None if zero is None else zero.reshape(ones)
+
+
+def _range_of(ranges: Ranges, site: str) -> jax.Array:
+    assert site in ranges, f"site '{site}' is calibrated, but no range was given: {sorted(ranges)}"
+    return ranges[site]
+
+
+def fake_activation(x: jax.Array, axes: tuple[int, ...], format: QFormat, ranges: Ranges, site: str) -> jax.Array:
+    """An activation on its integer grid, with straight-through gradients. `axes` are the contracted dims."""
+    if format.granularity != "tensor":
+        return fake_quantize_min_max(x, format, axes)
+    scale, zero = _activation_scale(x, format, _range_of(ranges, site))
+    return fake_quantize(x, scale, zero, format, tuple(range(-x.ndim, 0)))
+
+
+def encode_activation(x: jax.Array, axes: tuple[int, ...], format: QFormat, ranges: Ranges, site: str) -> QTensor:
+    """The same activation as integer codes."""
+    if format.granularity != "tensor":
+        return quantize(x, format, axes)
+    scale, zero = _activation_scale(x, format, _range_of(ranges, site))
+    return quantize(x, format, tuple(range(-x.ndim, 0)), scale=scale, zero=zero)
+
+
+def plain_einsum(equation: str, x: jax.Array, w: jax.Array, *, site: str = "") -> jax.Array:
+    """A floating-point einsum with float32 accumulation, in the dtype of `x`."""
+    out = jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    return out.astype(x.dtype)
+
+
+def contracted_axes(equation: str) -> tuple[int, ...]:
+    """The contracted dims of the left operand, as negative axes."""
+    left, _, _ = split_einsum(equation)
+    return tuple(left.index(letter) - len(left) for letter in contracted(equation))
+
+
+def make_einsum(numerics: Numerics, ranges: Ranges) -> Einsum:
+    """Floating, fake-quantized, weight-only or integer, decided by the site's format and the type of the weight."""
+
+    def einsum(equation: str, x: jax.Array, w: Any, *, site: str) -> jax.Array:
+        format = numerics.at(site)
+        axes = contracted_axes(equation)
+        if is_qtensor(w):
+            if format is None:
+                return plain_einsum(equation, x, dequantize(w))
+            return packed_einsum(equation, encode_activation(x, axes, format, ranges, site), w).astype(x.dtype)
+        if format is not None:
+            x = fake_activation(x, axes, format, ranges, site)
+        return plain_einsum(equation, x, w)
+
+    return einsum
+
+
+def lookup(table: Any, tokens: jax.Array) -> jax.Array:
+    """Rows of an embedding table; of a packed one, only the rows read are turned back into numbers."""
+    if not is_qtensor(table):
+        return table[tokens]
+    scale = expand(table.scale, table.format, table.axes, table.shape)
+    scale = jnp.broadcast_to(scale, (table.shape[0], scale.shape[1]))[tokens]
+    steps = table.q[tokens].astype(jnp.float32)
+    if table.zero is not None:
+        zero = expand(table.zero, table.format, table.axes, table.shape)
+        steps = steps - jnp.broadcast_to(zero, (table.shape[0], zero.shape[1]))[tokens].astype(jnp.float32)
+    return (steps * scale).astype(table.dtype)
+
+
+def make_ops(
+    numerics: Numerics = Numerics(),  # noqa: B008 -- frozen
+    *,
+    attend: Callable[..., jax.Array],
+    place: Callable[[jax.Array, str], jax.Array] = lambda x, letters: x,
+    embed: Callable[[Any, jax.Array], jax.Array] = lookup,
+) -> MakeOps:
+    """The plain seam: computes, records nothing."""
+
+    def open_scope(ranges: Ranges) -> Scope:
+        ops = Ops(make_einsum(numerics, ranges), attend, place, embed, lambda name, x: None)
+        return Scope(ops, dict)
+
+    return open_scope
+
+
+def recording(make: MakeOps, measure: Callable[[str, jax.Array], jax.Array | None]) -> MakeOps:
+    """A seam that also records `measure(name, x)` of each einsum's input (by site) and of each tap; None records nothing.
+
+    The record is opened and closed within one trace and leaves it as a value, stacked over layers by the scan.
+    """
+
+    def open_scope(ranges: Ranges) -> Scope:
+        inner = make(ranges)
+        records: Records = {}
+
+        def record(name: str, x: jax.Array) -> None:
+            value = measure(name, x)
+            if value is not None:
+                records[name] = value
+
+        def einsum(equation: str, x: jax.Array, w: Any, *, site: str) -> jax.Array:
+            record(site, x)
+            return inner.ops.einsum(equation, x, w, site=site)
+
+        ops = inner.ops._replace(einsum=einsum, tap=record)
+        return Scope(ops, lambda: {**inner.close(), **records})
+
+    return open_scope

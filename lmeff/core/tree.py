@@ -1,0 +1,49 @@
+"""Parameter trees are nested dicts; a leaf's path is its keys joined by `/` (`blocks/attn/wq`)."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Tree = Mapping[str, Any]
+
+
+def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts to `{path: leaf}`, in the order of the tree. Whatever is not a dict is a leaf."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{path}/"))
+        else:
+            flat[path] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> dict[str, Any]:
+    """Maps `fn(path, leaf, *other leaves)` over the leaves of `tree`; `rest` must hold the same paths."""
+    others = [flatten(other) for other in rest]
+    return unflatten({path: fn(path, leaf, *(o[path] for o in others)) for path, leaf in flatten(tree).items()})
+
+
+def merge(base: Tree, over: Tree) -> dict[str, Any]:
+    """`base` with the leaves of `over` put in place of its own; every path of `over` must exist in `base`."""
+    flat = flatten(base)
+    changed = flatten(over)
+    assert changed.keys() <= flat.keys(), sorted(changed.keys() - flat.keys())
+    return unflatten({**flat, **changed})
+
+
+def select(tree: Tree, paths: set[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """The part of `tree` whose paths are in `paths`."""
+    return unflatten({path: leaf for path, leaf in flatten(tree).items() if path in paths})
