@@ -1,0 +1,55 @@
+"""The operation seam on a mesh: the same `Ops`, with attention and embedding run on shards."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lmeff.core.numerics import is_qtensor
+from lmeff.core.ops import MakeOps, Numerics, lookup, make_ops
+from lmeff.models.attention import attention
+from lmeff.parallel.mesh import Layout
+
+
+def layout_ops(layout: Layout, numerics: Numerics = Numerics()) -> MakeOps:  # noqa: B008 -- frozen
+    """The seam for this layout; `Numerics()` leaves activations in floating point."""
+    return make_ops(
+        numerics,
+        attend=functools.partial(_attend, layout),
+        place=layout.place,
+        embed=functools.partial(_embed, layout),
+    )
+
+
+def _attend(
+    layout: Layout,
+    q_BTHC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
+    segments_BT: jax.Array,
+    *,
+    window: int | None,
+    softcap: float | None,
+) -> jax.Array:
+    """Causal attention within documents; rows and heads are cut over the mesh, so every device works alone."""
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+        return attention(q, k, v, segments_BT=segments, segments_BS=segments, window=window, softcap=softcap)
+
+    call = layout.on_shards(local, ("B_HC", "B_KC", "B_KC", "B_"), "B_HC")
+    return call(q_BTHC, k_BSKC, v_BSKC, segments_BT)
+
+
+def _embed(layout: Layout, table_VD: Any, tokens_BT: jax.Array) -> jax.Array:
+    """Rows by token id. With the vocabulary cut, each device adds the rows that it holds: no gather of the table over V."""
+    axes = layout.axes("V")
+    if not axes or is_qtensor(table_VD):
+        return lookup(table_VD, tokens_BT)
+
+    def local(rows_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        own = tokens_BT - jax.lax.axis_index(axes) * rows_VD.shape[0]
+        inside = (own >= 0) & (own < rows_VD.shape[0])
+        return jax.lax.psum(jnp.where(inside[..., None], rows_VD[jnp.where(inside, own, 0)], 0), axes)
+
+    return layout.on_shards(local, ("V_", "B_"), "B__")(table_VD, tokens_BT)

@@ -1,0 +1,92 @@
+"""What a run carries from step to step, and how it comes to life already sharded."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lmeff.compress.base import Compression, State
+from lmeff.core.specs import abstract
+from lmeff.core.tree import Tree
+from lmeff.parallel.mesh import Layout, shardings
+
+
+class Trainable(NamedTuple):
+    """What is differentiated and given to the optimizer: the parameters and the trainable part of the compression."""
+
+    params: Any
+    compression: Any
+
+
+class TrainState(NamedTuple):
+    """The whole state of a run. Together with the config it determines every later step.
+
+    auxiliary: the compression's other state (masks, ranges).
+    ema:       exponential moving average of `trainable`, or None.
+    step:      int32, steps taken; also the position in the data.
+    """
+
+    trainable: Trainable
+    opt: Any
+    auxiliary: Any
+    ema: Any
+    step: jax.Array
+
+    @property
+    def compression(self) -> State:
+        """The compression's state, both parts."""
+        return State(self.trainable.compression, self.auxiliary)
+
+
+def build_state(
+    params: Any, specs: Tree, compression: Compression, tx: optax.GradientTransformation, *, ema: bool
+) -> TrainState:
+    """A fresh state around `params`. Pure: runs under `jax.eval_shape` and `jax.jit`."""
+    made = compression.init(params, specs)
+    trainable = Trainable(params, made.trainable)
+    average = jax.tree.map(jnp.asarray, trainable) if ema else None
+    return TrainState(trainable, tx.init(trainable), made.auxiliary, average, jnp.int32(0))
+
+
+def abstract_state(
+    specs: Tree,
+    compression: Compression,
+    tx: optax.GradientTransformation,
+    layout: Layout,
+    *,
+    dtype: Any,
+    ema: bool,
+) -> TrainState:
+    """The state as `jax.ShapeDtypeStruct`s with shardings: what a checkpoint is restored into. Needs no device memory."""
+
+    def build(params: Any) -> TrainState:
+        return build_state(params, specs, compression, tx, ema=ema)
+
+    return with_shardings(jax.eval_shape(build, abstract(specs, dtype)), specs, layout)
+
+
+def with_shardings(tree: Any, specs: Tree, layout: Layout) -> Any:
+    """`jax.ShapeDtypeStruct`s with the layout's shardings in place of the leaves of `tree`."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree, specs, layout)
+    )
+
+
+def create_state(
+    params: Any,
+    specs: Tree,
+    compression: Compression,
+    tx: optax.GradientTransformation,
+    layout: Layout,
+    *,
+    ema: bool,
+) -> TrainState:
+    """A state around `params` (host or device arrays), every leaf born with its sharding."""
+
+    def build(params: Any) -> TrainState:
+        return build_state(params, specs, compression, tx, ema=ema)
+
+    out = shardings(jax.eval_shape(build, params), specs, layout)
+    placed = jax.device_put(params, shardings(params, specs, layout))
+    return jax.jit(build, out_shardings=out)(placed)

@@ -1,0 +1,125 @@
+"""The train step: one pure function, whatever is composed in it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lmeff.compress.base import Compression, State
+from lmeff.core.batch import Batch
+from lmeff.core.ops import MakeOps, Ranges
+from lmeff.core.precision import Policy
+from lmeff.core.tree import Tree
+from lmeff.distill.objectives import Objective
+from lmeff.models.config import ModelConfig
+from lmeff.models.transformer import Output, View, forward, identity_view
+from lmeff.parallel.accumulate import accumulated_gradients
+from lmeff.parallel.mesh import Layout
+from lmeff.train.loss_scale import current_scale
+from lmeff.train.optim import ema_update
+from lmeff.train.state import Trainable, TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+class Model(NamedTuple):
+    """A model as a step sees it: its shape, its seam, and how its weights are viewed."""
+
+    cfg: ModelConfig
+    make_ops: MakeOps
+    view: View = identity_view
+
+    def run(self, params: Any, state: Any, batch: Batch, ranges: Ranges | None, policy: Policy, remat: str) -> Output:
+        """Runs `forward` under the precision policy."""
+        return forward(
+            params,
+            batch,
+            self.cfg,
+            make_ops=self.make_ops,
+            view=self.view,
+            view_state=state,
+            ranges=ranges,
+            remat=remat,
+            compute_dtype=policy.compute,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Everything static of a run, built once from the config and closed over by the step."""
+
+    student: Model
+    teacher: Model | None
+    specs: Tree
+    compression: Compression
+    objective: Objective
+    tx: optax.GradientTransformationExtraArgs
+    layout: Layout
+    policy: Policy
+    accumulate: int = 1
+    remat: str = "none"
+    ema: float | None = None
+
+
+class Frozen(NamedTuple):
+    """Arrays a step reads and never changes.
+
+    teacher:        the teacher's parameters (arrays or packed leaves), or None.
+    teacher_ranges: its calibrated activation ranges, or None; `ranges` are the student's.
+    """
+
+    teacher: Any = None
+    teacher_ranges: Any = None
+    ranges: Any = None
+
+
+def make_train_step(rt: Runtime) -> Callable[[TrainState, Batch, Frozen], tuple[TrainState, Metrics]]:
+    """The step `(state, batch, frozen) -> (state, metrics)`, to be jitted with the state donated."""
+
+    def step(state: TrainState, batch: Batch, frozen: Frozen) -> tuple[TrainState, Metrics]:
+        scale = current_scale(state.opt)
+        grads, sums = gradients(rt, state.trainable, state.auxiliary, batch, frozen, scale)
+        updates, opt = rt.tx.update(grads, state.opt, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        auxiliary = rt.compression.update(
+            trainable.params, grads.params, State(trainable.compression, state.auxiliary), state.step + 1
+        )
+        ema = None if rt.ema is None else ema_update(state.ema, trainable, rt.ema)
+        metrics = {**sums, "grad_norm": optax.global_norm(grads) / scale, "update_norm": optax.global_norm(updates)}
+        return TrainState(trainable, opt, auxiliary, ema, state.step + 1), metrics
+
+    return step
+
+
+def gradients(
+    rt: Runtime, trainable: Trainable, auxiliary: Any, batch: Batch, frozen: Frozen, scale: Any
+) -> tuple[Trainable, Metrics]:
+    """Gradients (times `scale`) and mean metrics over all weighted tokens of the global batch.
+
+    The divisor is the weight of the whole batch and not of a shard or microbatch, so every mesh and every accumulation gives the same numbers.
+    """
+    total = jnp.maximum(batch.weights.sum(), 1.0)
+
+    def loss_fn(trainable: Trainable, auxiliary: Any, batch: Batch, frozen: Frozen) -> tuple[jax.Array, Metrics]:
+        objective, sums = loss_sums(rt, trainable, auxiliary, batch, frozen)
+        return objective * (scale / total), {**sums, "objective": objective}
+
+    grads, sums = accumulated_gradients(loss_fn, rt.layout, rt.accumulate, trainable, auxiliary, batch, frozen)
+    return grads, {name: value / total for name, value in sums.items()}
+
+
+def loss_sums(
+    rt: Runtime, trainable: Trainable, auxiliary: Any, batch: Batch, frozen: Frozen
+) -> tuple[jax.Array, Metrics]:
+    """The objective and its metrics, summed over weighted tokens."""
+    state = State(trainable.compression, auxiliary)
+    student = rt.student.run(trainable.params, state, batch, frozen.ranges, rt.policy, rt.remat)
+    teacher = None
+    if rt.teacher is not None:
+        params = jax.lax.stop_gradient(frozen.teacher)
+        teacher = rt.teacher.run(params, (), batch, frozen.teacher_ranges, rt.policy, "none")
+        teacher = jax.lax.stop_gradient(teacher)
+    return rt.objective(student, teacher, batch)
