@@ -161,4 +161,4 @@ def touched(auxiliary: Any) -> Mapping[str, Any]:
     """The paths a state acts on."""
     if isinstance(auxiliary, tuple) and not isinstance(auxiliary, Leaf):
         return {path: None for part in auxiliary for path in touched(part)}
-    return {path: None for path in flatten(auxiliary)}
+    return dict.fromkeys(flatten(auxiliary))

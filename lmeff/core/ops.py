@@ -151,7 +151,7 @@ def lookup(table: Any, tokens: jax.Array) -> jax.Array:
 
 
 def make_ops(
-    numerics: Numerics = Numerics(),  # noqa: B008 -- frozen
+    numerics: Numerics = Numerics(),
     *,
     attend: Callable[..., jax.Array],
     place: Callable[[jax.Array, str], jax.Array] = lambda x, letters: x,

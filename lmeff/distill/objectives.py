@@ -3,21 +3,26 @@
 Sums and not means: the caller divides once by the weight of the whole batch, so shards and microbatches cannot change the result.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from lmeff.core.batch import Batch
 from lmeff.core.errors import ConfigError
-from lmeff.models.transformer import Output
-from lmeff.parallel.mesh import Layout
+from lmeff.core.numerics import is_qtensor, materialize
+from lmeff.core.ops import Numerics, Ranges, make_ops
+from lmeff.distill.chunked import chunked_head, cross_entropy_rows, forward_kl_rows, map_rows
+from lmeff.models.config import ModelConfig
+from lmeff.models.transformer import Output, project
+from lmeff.parallel.mesh import WHOLE, Layout
 
 Sums = dict[str, jax.Array]
 Objective = Callable[[Layout, Output, Output | None, Batch], tuple[jax.Array, Sums]]
-Head = Callable[[Layout, jax.Array, Any], jax.Array]
+
+CHUNK = 1024  # tokens whose logits exist at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,3 +42,101 @@ class Distill:
             raise ConfigError(f"distill.mix: got {self.mix}, expected 0 (labels only) to 1 (teacher only)")
         if self.temperature <= 0:
             raise ConfigError(f"distill.temperature: got {self.temperature}, expected a positive number")
+
+
+class Projection(NamedTuple):
+    """How a model's head turns hidden states into logits: its shape and its numerics."""
+
+    cfg: ModelConfig
+    numerics: Numerics = Numerics()
+
+    def __call__(self, hidden_ND: jax.Array, head: Any, ranges: Ranges) -> jax.Array:
+        """Logits [N, V] in float32; with a shard of the head, those of its part of the vocabulary."""
+        return project(hidden_ND, head, self.cfg, make_ops(self.numerics, attend=_no_attention)(ranges).ops)
+
+
+def _no_attention(*args: Any, **kwargs: Any) -> jax.Array:
+    raise AssertionError("a head does not attend")
+
+
+def head_objective(
+    student: Projection, teacher: Projection | None = None, distill: Distill | None = None, *, chunk: int = CHUNK
+) -> Objective:
+    """Cross entropy, or its mix with forward KL to a teacher, from hidden states and heads in chunks of tokens.
+
+    Metrics: "loss", the cross entropy in nats/token; with a teacher also "kl", at the distillation's temperature.
+    """
+    assert (teacher is None) == (distill is None)
+
+    def row_loss(axis: str | None, hidden: jax.Array, head: Any, rows: Any, extras: Any) -> tuple[jax.Array, Sums]:
+        logits = student(hidden, head, extras["ranges"])
+        loss = cross_entropy_rows(logits, rows["targets"], axis) * rows["weights"]
+        if teacher is None or distill is None:
+            return loss, {"loss": loss}
+        target = teacher(rows["teacher"], extras["teacher_head"], extras["teacher_ranges"])
+        kl = forward_kl_rows(logits, target, distill.temperature, axis) * rows["weights"]
+        mixed = (1 - distill.mix) * loss + distill.mix * distill.temperature**2 * kl
+        return mixed, {"loss": loss, "kl": kl}
+
+    def objective(layout: Layout, s: Output, t: Output | None, batch: Batch) -> tuple[jax.Array, Sums]:
+        rows, extras = {"targets": batch.targets, "weights": batch.weights}, {"ranges": s.ranges}
+        letters = head_letters(s.head, student.cfg)
+        extra_letters = {"ranges": _whole(s.ranges)}
+        if t is not None and teacher is not None:
+            rows |= {"teacher": t.hidden_BTD}
+            teacher_head = materialize(t.head)
+            extras |= {"teacher_head": teacher_head, "teacher_ranges": t.ranges}
+            extra_letters |= {
+                "teacher_head": head_letters(teacher_head, teacher.cfg),
+                "teacher_ranges": _whole(t.ranges),
+            }
+        vocab = layout.axes("V")
+        axis = vocab[0] if vocab else None
+
+        def local(hidden: jax.Array, head: Any, rows: Any, extras: Any) -> tuple[jax.Array, Sums]:
+            hidden, rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (hidden, rows))
+            loss = functools.partial(row_loss, axis)
+            options = {"chunk": chunk, "vocab_axis": axis, "batch_axes": layout.axes("B")}
+            return chunked_head(loss, hidden, head, rows, extras, **options)
+
+        row_letters = jax.tree.map(lambda x: "B" + WHOLE * (x.ndim - 1), rows)
+        sums = {"loss": ""} if teacher is None else {"loss": "", "kl": ""}
+        run = layout.on_shards(local, ("B__", letters, row_letters, extra_letters), ("", sums))
+        return run(s.hidden_BTD, s.head, rows, extras)
+
+    return objective
+
+
+def token_nll(model: Projection, *, chunk: int = CHUNK) -> Callable[[Layout, Output, Batch], jax.Array]:
+    """Negative log-likelihood of every target [B, T] in nats (0 where it has no weight), without gradients; the head may be packed."""
+
+    def nll(layout: Layout, out: Output, batch: Batch) -> jax.Array:
+        vocab = layout.axes("V")
+
+        def local(hidden: jax.Array, head: Any, targets: jax.Array, weights: jax.Array, ranges: Ranges) -> jax.Array:
+            def piece(rows: Any) -> jax.Array:
+                return cross_entropy_rows(model(rows[0], head, ranges), rows[1], vocab[0] if vocab else None)
+
+            losses = map_rows(piece, (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)), chunk=chunk)
+            return losses.reshape(weights.shape) * (weights > 0)
+
+        letters = ("B__", head_letters(out.head, model.cfg), "B_", "B_", _whole(out.ranges))
+        return layout.on_shards(local, letters, "B_")(
+            out.hidden_BTD, out.head, batch.targets, batch.weights, out.ranges
+        )
+
+    return nll
+
+
+def head_letters(head: Any, cfg: ModelConfig) -> Any:
+    """How a head enters the shards: cut over the vocabulary, whole over D. Of a packed head, the dims that share a scale stay whole."""
+    cut = "V_" if cfg.tied else "_V"
+    if not is_qtensor(head):
+        return cut
+    return jax.tree.map(
+        lambda x: "".join(letter if size > 1 else WHOLE for letter, size in zip(cut, x.shape, strict=True)), head
+    )
+
+
+def _whole(tree: Any) -> Any:
+    return jax.tree.map(lambda x: WHOLE * x.ndim, tree)

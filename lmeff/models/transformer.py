@@ -30,11 +30,13 @@ class Output(NamedTuple):
 
     hidden:  [B, T, D], after the last norm.
     head:    the head's weight as seen ("DV", or the tied table "VD"), not yet multiplied: the loss does that in chunks.
+    ranges:  calibrated activation ranges of the head's site, if any.
     records: what the seam recorded; entries under "blocks/" are stacked over layers.
     """
 
     hidden_BTD: jax.Array
     head: Any
+    ranges: Ranges
     records: Records
 
 
@@ -215,7 +217,8 @@ def forward(
         scope = make_ops(layer_ranges)
         return block(x_BTD, _cast(view(p, state), compute_dtype), batch, cfg, scope.ops), scope.close()
 
-    outer = make_ops(_outer_ranges(ranges))
+    head_ranges = _outer_ranges(ranges)
+    outer = make_ops(head_ranges)
     embed = seen("embed")
     x_BTD = outer.ops.embed(embed["table"], batch.tokens).astype(compute_dtype)
     x_BTD = outer.ops.place(x_BTD, "BTD")
@@ -223,7 +226,7 @@ def forward(
     x_BTD, records = jax.lax.scan(remat_policy(remat)(step), x_BTD, layers)
     hidden_BTD = normalize(x_BTD, seen("final_norm"), cfg)
     head = embed["table"] if cfg.tied else seen("head")["w"]
-    return Output(hidden_BTD, head, {**{f"blocks/{k}": v for k, v in records.items()}, **outer.close()})
+    return Output(hidden_BTD, head, head_ranges, {**{f"blocks/{k}": v for k, v in records.items()}, **outer.close()})
 
 
 def project(hidden: jax.Array, head: Any, cfg: ModelConfig, ops: Ops) -> jax.Array:
@@ -242,7 +245,6 @@ def sites(cfg: ModelConfig) -> list[str]:
 
 def _cast(tree: Any, dtype: Any) -> Any:
     """Floating arrays in the compute dtype; packed leaves and integers as they are."""
-    from lmeff.core.numerics import is_qtensor
 
     def leaf(x: Any) -> Any:
         return x if is_qtensor(x) or not jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)

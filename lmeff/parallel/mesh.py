@@ -128,13 +128,15 @@ class Layout:
         `inputs` are letters; `outputs` letters or a pytree of them.
         """
 
-        if self.single:
+        names = {axis for axis, size in self.mesh.shape.items() if size > 1} - set(self.reserved)
+        if not names:
             return fn
         return jax.shard_map(
             fn,
             mesh=self.mesh,
             in_specs=jax.tree.map(self.partition, tuple(inputs)),
             out_specs=jax.tree.map(self.partition, outputs),
+            axis_names=names,
         )
 
     def axes(self, letter: str) -> tuple[str, ...]:
@@ -171,7 +173,8 @@ def shardings(tree: Any, specs: Tree, layout: Layout) -> Any:
         if spec is None or len(x.shape) != len(spec.letters):
             return layout.replicated
         letters = "".join(
-            letter if size == own else WHOLE for letter, size, own in zip(spec.letters, x.shape, spec.shape, strict=True)
+            letter if size == own else WHOLE
+            for letter, size, own in zip(spec.letters, x.shape, spec.shape, strict=True)
         )
         return layout.sharding(letters, x.shape)
 

@@ -10,7 +10,7 @@ import optax
 
 from lmeff.compress.base import Compression, State
 from lmeff.core.batch import Batch
-from lmeff.core.ops import MakeOps, Ranges
+from lmeff.core.ops import Numerics, Ranges
 from lmeff.core.precision import Policy
 from lmeff.core.tree import Tree
 from lmeff.distill.objectives import Objective
@@ -18,6 +18,7 @@ from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import Output, View, forward, identity_view
 from lmeff.parallel.accumulate import accumulated_gradients
 from lmeff.parallel.mesh import Layout
+from lmeff.parallel.seam import layout_ops
 from lmeff.train.loss_scale import current_scale
 from lmeff.train.optim import ema_update
 from lmeff.train.state import Trainable, TrainState
@@ -26,19 +27,21 @@ Metrics = dict[str, jax.Array]
 
 
 class Model(NamedTuple):
-    """A model as a step sees it: its shape, its seam, and how its weights are viewed."""
+    """A model as a step sees it: its shape, its numerics, and how its weights are viewed."""
 
     cfg: ModelConfig
-    make_ops: MakeOps
+    numerics: Numerics = Numerics()
     view: View = identity_view
 
-    def run(self, params: Any, state: Any, batch: Batch, ranges: Ranges | None, policy: Policy, remat: str) -> Output:
-        """Runs `forward` under the precision policy."""
+    def run(
+        self, layout: Layout, params: Any, state: Any, batch: Batch, ranges: Ranges | None, policy: Policy, remat: str
+    ) -> Output:
+        """Runs `forward` on a layout under the precision policy."""
         return forward(
             params,
             batch,
             self.cfg,
-            make_ops=self.make_ops,
+            make_ops=layout_ops(layout, self.numerics),
             view=self.view,
             view_state=state,
             ranges=ranges,
@@ -103,8 +106,10 @@ def gradients(
     """
     total = jnp.maximum(batch.weights.sum(), 1.0)
 
-    def loss_fn(trainable: Trainable, auxiliary: Any, batch: Batch, frozen: Frozen) -> tuple[jax.Array, Metrics]:
-        objective, sums = loss_sums(rt, trainable, auxiliary, batch, frozen)
+    def loss_fn(
+        layout: Layout, trainable: Trainable, auxiliary: Any, batch: Batch, frozen: Frozen
+    ) -> tuple[jax.Array, Metrics]:
+        objective, sums = loss_sums(rt, layout, trainable, auxiliary, batch, frozen)
         return objective * (scale / total), {**sums, "objective": objective}
 
     grads, sums = accumulated_gradients(loss_fn, rt.layout, rt.accumulate, trainable, auxiliary, batch, frozen)
@@ -112,14 +117,14 @@ def gradients(
 
 
 def loss_sums(
-    rt: Runtime, trainable: Trainable, auxiliary: Any, batch: Batch, frozen: Frozen
+    rt: Runtime, layout: Layout, trainable: Trainable, auxiliary: Any, batch: Batch, frozen: Frozen
 ) -> tuple[jax.Array, Metrics]:
     """The objective and its metrics, summed over weighted tokens."""
     state = State(trainable.compression, auxiliary)
-    student = rt.student.run(trainable.params, state, batch, frozen.ranges, rt.policy, rt.remat)
+    student = rt.student.run(layout, trainable.params, state, batch, frozen.ranges, rt.policy, rt.remat)
     teacher = None
     if rt.teacher is not None:
         params = jax.lax.stop_gradient(frozen.teacher)
-        teacher = rt.teacher.run(params, (), batch, frozen.teacher_ranges, rt.policy, "none")
+        teacher = rt.teacher.run(layout, params, (), batch, frozen.teacher_ranges, rt.policy, "none")
         teacher = jax.lax.stop_gradient(teacher)
-    return rt.objective(student, teacher, batch)
+    return rt.objective(layout, student, teacher, batch)

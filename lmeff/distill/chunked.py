@@ -1,0 +1,148 @@
+"""The vocabulary loss without the logits: head and loss in chunks of tokens, never [B, T, V] at once.
+
+The gradients are made in the forward pass, chunk by chunk, while the chunk's logits are there; the backward pass only scales them. So nothing
+is computed twice and the peak is one chunk of logits, not all of them (the idea of Liger's fused losses, https://arxiv.org/abs/2410.10989, for any row loss).
+With the vocabulary cut over a mesh axis, each device sees its part of the logits and the row losses below reduce over that axis.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Sums = dict[str, jax.Array]
+RowLoss = Callable[[jax.Array, Any, Any, Any], tuple[jax.Array, Sums]]
+
+
+def chunked_head(
+    row_loss: RowLoss,
+    hidden_ND: jax.Array,
+    head: Any,
+    rows: Any,
+    extras: Any,
+    *,
+    chunk: int,
+    vocab_axis: str | None = None,
+    batch_axes: tuple[str, ...] = (),
+) -> tuple[jax.Array, Sums]:
+    """Sums `row_loss(hidden, head, rows, extras) -> (objective [n], metrics {name: [n]})` over all rows; differentiable in hidden and head.
+
+    rows:       arrays with leading [N] (targets, weights, a teacher's hidden states); a row of zeros, weight 0, must cost 0: padding is such a row.
+    extras:     whatever else the rows need (a teacher's head); not differentiated.
+    vocab_axis: the mesh axis that `head` is cut over along the vocabulary, inside `jax.shard_map`; else None.
+    batch_axes: the mesh axes that rows are cut over, inside `jax.shard_map`: sums, and the head's gradient, are added over them.
+    """
+    vocab_axes = () if vocab_axis is None else (vocab_axis,)
+
+    def row_sums(hidden: Any, head: Any, rows: Any, extras: Any) -> tuple[jax.Array, Sums]:
+        objective, metrics = row_loss(hidden, head, rows, extras)
+        return objective.sum(), jax.tree.map(jnp.sum, metrics)
+
+    def pieces(hidden_ND: jax.Array, rows: Any) -> Any:
+        return jax.tree.map(lambda x: _cut(x, chunk), (hidden_ND, rows))
+
+    def value(hidden_ND: jax.Array, head: Any, rows: Any, extras: Any) -> tuple[jax.Array, Sums]:
+        def add(sums: Any, piece: Any) -> tuple[Any, None]:
+            return _add(sums, row_sums(piece[0], head, piece[1], extras)), None
+
+        cut = pieces(hidden_ND, rows)
+        shapes = jax.eval_shape(row_sums, *_first(cut, head), extras)
+        sums, _ = jax.lax.scan(add, _zeros(shapes, batch_axes), cut)
+        return _psum(sums, batch_axes)
+
+    def save(hidden_ND: jax.Array, head: Any, rows: Any, extras: Any) -> Any:
+        # Summed over the mesh once at the end and not in every chunk: hence the casts before differentiating.
+        own_head = _vary(head, batch_axes)
+        gradient = jax.value_and_grad(row_sums, argnums=(0, 1), has_aux=True)
+
+        def add(carry: Any, piece: Any) -> tuple[Any, jax.Array]:
+            sums, d_head = carry
+            chunk_sums, (d_hidden, d_chunk) = gradient(_vary(piece[0], vocab_axes), own_head, piece[1], extras)
+            return (_add(sums, chunk_sums), _add(d_head, d_chunk)), d_hidden
+
+        cut = pieces(hidden_ND, rows)
+        shapes = jax.eval_shape(row_sums, *_first(cut, head), extras)
+        wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), head)
+        start = (_zeros(shapes, batch_axes), _zeros(wide, batch_axes + vocab_axes))
+        (sums, d_head), d_hidden = jax.lax.scan(add, start, cut)
+        d_hidden = _psum(d_hidden.reshape(-1, *hidden_ND.shape[1:])[: hidden_ND.shape[0]], vocab_axes)
+        d_head = jax.tree.map(lambda d, x: d.astype(x.dtype), _psum(d_head, batch_axes), head)
+        return _psum(sums, batch_axes), (d_hidden, d_head)
+
+    def pull(gradients: Any, cotangent: Any) -> Any:
+        scale = cotangent[0]
+        d_hidden, d_head = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients)
+        return d_hidden, d_head, None, None
+
+    call = jax.custom_vjp(value)
+    call.defvjp(save, pull)
+    return call(hidden_ND, head, rows, extras)
+
+
+def map_rows(fn: Callable[[Any], jax.Array], rows: Any, *, chunk: int) -> jax.Array:
+    """`fn` of every row [N, ...] -> [N], a chunk of rows at a time. For evaluation: keeps no gradients."""
+    count = jax.tree.leaves(rows)[0].shape[0]
+    return jax.lax.map(fn, jax.tree.map(lambda x: _cut(x, chunk), rows)).reshape(-1)[:count]
+
+
+def _cut(x: jax.Array, chunk: int) -> jax.Array:
+    """[N, ...] to [chunks, chunk, ...], padded with zeros."""
+    missing = -x.shape[0] % min(chunk, x.shape[0])
+    padded = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) if missing else x
+    return padded.reshape(-1, min(chunk, x.shape[0]), *x.shape[1:])
+
+
+def _first(cut: Any, head: Any) -> tuple[Any, Any, Any]:
+    hidden, rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), cut)
+    return hidden, head, rows
+
+
+def _add(a: Any, b: Any) -> Any:
+    return jax.tree.map(lambda x, y: x + y.astype(x.dtype), a, b)
+
+
+def _vary(tree: Any, axes: tuple[str, ...]) -> Any:
+    return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), tree) if axes else tree
+
+
+def _zeros(shapes: Any, axes: tuple[str, ...]) -> Any:
+    return _vary(jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes), axes)
+
+
+def _psum(tree: Any, axes: tuple[str, ...]) -> Any:
+    return jax.lax.psum(tree, axes) if axes else tree
+
+
+def vocab_log_softmax(logits_NV: jax.Array, axis: str | None) -> jax.Array:
+    """Log-probabilities of this device's part of the vocabulary, normalised over all of it."""
+    top_N1 = jax.lax.stop_gradient(logits_NV).max(-1, keepdims=True)
+    if axis is not None:
+        top_N1 = jax.lax.pmax(top_N1, axis)
+    shifted = logits_NV - top_N1
+    return shifted - jnp.log(vocab_sum(jnp.exp(shifted), axis))[:, None]
+
+
+def vocab_sum(x_NV: jax.Array, axis: str | None) -> jax.Array:
+    """Sum over the whole vocabulary, [N]."""
+    total_N = x_NV.sum(-1)
+    return total_N if axis is None else jax.lax.psum(total_N, axis)
+
+
+def pick_target(x_NV: jax.Array, targets_N: jax.Array, axis: str | None) -> jax.Array:
+    """The entry of each row's target, [N]; by comparison and not by index, so that no part of the vocabulary is gathered."""
+    first = 0 if axis is None else jax.lax.axis_index(axis) * x_NV.shape[-1]
+    is_target_NV = first + jnp.arange(x_NV.shape[-1])[None, :] == targets_N[:, None]
+    return vocab_sum(jnp.where(is_target_NV, x_NV, 0.0), axis)
+
+
+def cross_entropy_rows(logits_NV: jax.Array, targets_N: jax.Array, axis: str | None) -> jax.Array:
+    """Negative log-likelihood of each target in nats, [N]."""
+    return -pick_target(vocab_log_softmax(logits_NV, axis), targets_N, axis)
+
+
+def forward_kl_rows(student_NV: jax.Array, teacher_NV: jax.Array, temperature: float, axis: str | None) -> jax.Array:
+    """KL(teacher || student) of the softmaxes at a temperature, in nats, [N]."""
+    student = vocab_log_softmax(student_NV / temperature, axis)
+    teacher = vocab_log_softmax(teacher_NV / temperature, axis)
+    return vocab_sum(jnp.exp(teacher) * (teacher - student), axis)

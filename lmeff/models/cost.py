@@ -1,0 +1,28 @@
+"""What a forward pass costs, from the letters of the spec tree."""
+
+import math
+
+from lmeff.core.tree import flatten
+from lmeff.models.config import ModelConfig
+from lmeff.models.transformer import param_specs
+
+CONVENTION = (
+    "forward pass, per token: 2 FLOPs per weight of every matrix product (the head included, the embedding lookup 0), plus causal attention "
+    "(4 x heads x head width x mean number of visible keys per layer). Masked weights count as dense: no hardware here skips them."
+)
+
+
+def flops_per_token(cfg: ModelConfig, context: int) -> int:
+    """Forward FLOPs per token at sequences of `context` tokens; see `CONVENTION`."""
+    weights = sum(
+        math.prod(spec.shape)
+        for path, spec in flatten(param_specs(cfg)).items()
+        if spec.is_matmul and (path != "embed/table" or cfg.tied)
+    )
+    return 2 * weights + cfg.layers * round(4 * cfg.heads * cfg.head_size * _mean_visible(context, cfg.window))
+
+
+def _mean_visible(context: int, window: int | None) -> float:
+    """Mean number of keys a token sees in a causal (windowed) sequence."""
+    span = context if window is None else min(window, context)
+    return (span * (span + 1) / 2 + (context - span) * span) / context
