@@ -35,7 +35,7 @@ def _attend(
     """Causal attention within documents; rows and heads are cut over the mesh, so every device works alone."""
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-        return attention(q, k, v, segments_BT=segments, segments_BS=segments, window=window, softcap=softcap)
+        return attention(q, k, v, segments_BT=segments, window=window, softcap=softcap)
 
     call = layout.on_shards(local, ("B_HC", "B_KC", "B_KC", "B_"), "B_HC")
     return call(q_BTHC, k_BSKC, v_BSKC, segments_BT)

@@ -1,0 +1,310 @@
+"""Causal attention in blocks, never a T x S matrix of scores.
+
+`attention` is the one function the model calls; a table at the bottom chooses the formulation by backend and length. All of them save only the output
+and the log-sum-exp of each row for the backward pass (FlashAttention: Dao et al. 2022, https://arxiv.org/abs/2205.14135) and skip blocks
+above the diagonal or outside the window. Everything is local to a device: the caller cuts rows and heads over the mesh.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # finite, so that a row with nothing to see gives zeros and not NaN
+
+
+class Mask(NamedTuple):
+    """What a query may see, besides no later token: tokens of its own document, within a window; scores may be capped."""
+
+    window: int | None
+    softcap: float | None
+
+
+def attention(
+    q_BTHC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
+    *,
+    segments_BT: jax.Array,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Causal grouped-query self-attention within documents, [B, T, H, C] in the dtype of `q`; softmax in float32.
+
+    segments_BT: document ids of the row; 0 is padding, which sees nothing and gives zeros.
+    """
+    length = "short" if q_BTHC.shape[1] <= SHORT else "long"
+    form = FORMS.get((jax.default_backend(), length), FORMS["any", length])
+    return form(q_BTHC, k_BSKC, v_BSKC, segments_BT, Mask(window, softcap))
+
+
+def reference_attention(
+    q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, segments_BT: jax.Array, mask: Mask
+) -> jax.Array:
+    """The plain oracle: all scores at once."""
+    groups = q_BTHC.shape[2] // k_BSKC.shape[2]
+    k_BSHC, v_BSHC = (jnp.repeat(x.astype(jnp.float32), groups, axis=2) for x in (k_BSKC, v_BSKC))
+    scores_BHTS = jnp.einsum("BTHC,BSHC->BHTS", q_BTHC.astype(jnp.float32), k_BSHC) * q_BTHC.shape[-1] ** -0.5
+    if mask.softcap is not None:
+        scores_BHTS = mask.softcap * jnp.tanh(scores_BHTS / mask.softcap)
+    index = jnp.arange(q_BTHC.shape[1])
+    seen_BTS = _visible(segments_BT, segments_BT, index, index, mask)
+    weights_BHTS = jax.nn.softmax(jnp.where(seen_BTS[:, None], scores_BHTS, MASKED), axis=-1)
+    weights_BHTS = jnp.where(seen_BTS[:, None], weights_BHTS, 0)
+    return jnp.einsum("BHTS,BSHC->BTHC", weights_BHTS, v_BSHC).astype(q_BTHC.dtype)
+
+
+def _visible(own: jax.Array, other: jax.Array, t: jax.Array, s: jax.Array, mask: Mask) -> jax.Array:
+    """Which keys each query sees, [..., t, s]."""
+    seen = (own[..., :, None] == other[..., None, :]) & (own[..., :, None] > 0) & (t[:, None] >= s[None, :])
+    return seen if mask.window is None else seen & (t[:, None] - s[None, :] < mask.window)
+
+
+def _scores(q_RC: jax.Array, k_SC: jax.Array, bias_RS: jax.Array, softcap: float | None) -> jax.Array:
+    scores_RS = jnp.einsum("...RC,...SC->...RS", q_RC, k_SC, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        scores_RS = softcap * jnp.tanh(scores_RS / softcap)
+    return scores_RS + bias_RS
+
+
+def _d_scores(
+    p_RS: jax.Array, scores_RS: jax.Array, d_p_RS: jax.Array, delta_R: jax.Array, softcap: float | None
+) -> jax.Array:
+    """Gradient of the uncapped scores from that of the probabilities."""
+    d_RS = p_RS * (d_p_RS - delta_R[..., None])
+    return d_RS if softcap is None else d_RS * (1 - jnp.square(jnp.where(p_RS > 0, scores_RS, 0) / softcap))
+
+
+# ---- panels: a static loop over blocks of queries, each against all the keys it can see; for short rows
+
+
+def _panels(length: int, block: int, window: int | None) -> list[tuple[slice, slice]]:
+    """(queries, keys) of each block of queries: keys from the window's first block to the diagonal."""
+    found = []
+    for start in range(0, length, block):
+        first = 0 if window is None else max(0, (start - window + 1) // block * block)
+        found.append((slice(start, min(start + block, length)), slice(first, min(start + block, length))))
+    return found
+
+
+def _bias(segments_T: jax.Array, queries: slice, keys: slice, mask: Mask) -> jax.Array:
+    t, s = jnp.arange(queries.start, queries.stop), jnp.arange(keys.start, keys.stop)
+    return jnp.where(_visible(segments_T[..., queries], segments_T[..., keys], t, s, mask), 0.0, MASKED)
+
+
+def _panel_forward(q_TGC: jax.Array, k_SC: jax.Array, v_SC: jax.Array, segments_T: jax.Array, mask: Mask) -> Any:
+    """One key-value head with its query heads: output [T, G, C] and log-sum-exp [T, G]."""
+    outs, lses = [], []
+    for queries, keys in _panels(q_TGC.shape[0], BLOCK, mask.window):
+        q_GRC = jnp.swapaxes(q_TGC[queries], 0, 1)
+        scores = _scores(q_GRC, k_SC[keys][None], _bias(segments_T, queries, keys, mask)[None], mask.softcap)
+        top = jnp.maximum(scores.max(-1, keepdims=True), 0.5 * MASKED)
+        weights = jnp.exp(scores - top)
+        total = weights.sum(-1, keepdims=True)
+        o = jnp.einsum("GRS,SC->GRC", weights.astype(v_SC.dtype), v_SC[keys], preferred_element_type=jnp.float32)
+        outs.append(jnp.swapaxes(o / jnp.maximum(total, 1e-30), 0, 1))
+        lses.append(jnp.swapaxes((top + jnp.log(jnp.maximum(total, 1e-30)))[..., 0], 0, 1))
+    return jnp.concatenate(outs), jnp.concatenate(lses)
+
+
+def _panel_backward(
+    q_TGC: jax.Array,
+    k_SC: jax.Array,
+    v_SC: jax.Array,
+    segments_T: jax.Array,
+    o_TGC: jax.Array,
+    lse_TG: jax.Array,
+    g_TGC: jax.Array,
+    mask: Mask,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    d_q, d_k, d_v = [], jnp.zeros_like(k_SC, jnp.float32), jnp.zeros_like(v_SC, jnp.float32)
+    delta_TG = (o_TGC.astype(jnp.float32) * g_TGC.astype(jnp.float32)).sum(-1)
+    for queries, keys in _panels(q_TGC.shape[0], BLOCK, mask.window):
+        q_GRC, g_GRC = (jnp.swapaxes(x[queries], 0, 1) for x in (q_TGC, g_TGC))
+        lse_GR, delta_GR = (x[queries].T for x in (lse_TG, delta_TG))
+        scores = _scores(q_GRC, k_SC[keys][None], _bias(segments_T, queries, keys, mask)[None], mask.softcap)
+        p = jnp.exp(scores - lse_GR[..., None])
+        d_p = jnp.einsum("GRC,SC->GRS", g_GRC, v_SC[keys], preferred_element_type=jnp.float32)
+        d_s = _d_scores(p, scores, d_p, delta_GR, mask.softcap).astype(q_TGC.dtype)
+        d_q.append(jnp.swapaxes(jnp.einsum("GRS,SC->GRC", d_s, k_SC[keys], preferred_element_type=jnp.float32), 0, 1))
+        d_k = d_k.at[keys].add(jnp.einsum("GRS,GRC->SC", d_s, q_GRC, preferred_element_type=jnp.float32))
+        p = p.astype(g_GRC.dtype)
+        d_v = d_v.at[keys].add(jnp.einsum("GRS,GRC->SC", p, g_GRC, preferred_element_type=jnp.float32))
+    return jnp.concatenate(d_q), d_k, d_v
+
+
+# ---- tiles: loops over blocks of queries and of keys; compile time and memory do not grow with the row
+
+
+class _Tiles(NamedTuple):
+    """Where the loops run: block size, and the first key block a query block sees."""
+
+    block: int
+    mask: Mask
+
+    def first(self, i: jax.Array) -> jax.Array:
+        if self.mask.window is None:
+            return jnp.zeros_like(i)
+        return jnp.maximum(i * self.block - self.mask.window + 1, 0) // self.block
+
+    def cut(self, x: jax.Array, i: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, i * self.block, self.block)
+
+    def scores(
+        self, q_GRC: jax.Array, k_SC: jax.Array, segments_T: jax.Array, i: jax.Array, j: jax.Array
+    ) -> jax.Array:
+        own, other = self.cut(segments_T, i), self.cut(segments_T, j)
+        t, s = (n * self.block + jnp.arange(self.block) for n in (i, j))
+        bias_RS = jnp.where(_visible(own, other, t, s, self.mask), 0.0, MASKED)
+        return _scores(q_GRC, self.cut(k_SC, j)[None], bias_RS[None], self.mask.softcap)
+
+
+def _tile_forward(q_TGC: jax.Array, k_SC: jax.Array, v_SC: jax.Array, segments_T: jax.Array, mask: Mask) -> Any:
+    tiles = _Tiles(TILE, mask)
+
+    def queries(i: jax.Array) -> Any:
+        q_GRC = jnp.swapaxes(tiles.cut(q_TGC, i), 0, 1)
+
+        def keys(j: jax.Array, carry: Any) -> Any:
+            o, total, top = carry
+            scores = tiles.scores(q_GRC, k_SC, segments_T, i, j)
+            higher = jnp.maximum(top, jnp.maximum(scores.max(-1), 0.5 * MASKED))
+            weights, keep = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
+            v = tiles.cut(v_SC, j)
+            o = o * keep[..., None] + jnp.einsum(
+                "GRS,SC->GRC", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+            )
+            return o, total * keep + weights.sum(-1), higher
+
+        zero = (q_GRC * 0).astype(jnp.float32) + (k_SC[0, 0] * 0 + v_SC[0, 0] * 0).astype(jnp.float32)
+        start = (zero, zero[..., 0], zero[..., 0] + 0.5 * MASKED)
+        o, total, top = jax.lax.fori_loop(tiles.first(i), i + 1, keys, start)
+        total = jnp.maximum(total, 1e-30)
+        return jnp.swapaxes(o / total[..., None], 0, 1), jnp.swapaxes(top + jnp.log(total), 0, 1)
+
+    o, lse = jax.lax.map(queries, jnp.arange(q_TGC.shape[0] // TILE))
+    return o.reshape(q_TGC.shape), lse.reshape(q_TGC.shape[:2])
+
+
+def _tile_backward(
+    q_TGC: jax.Array,
+    k_SC: jax.Array,
+    v_SC: jax.Array,
+    segments_T: jax.Array,
+    o_TGC: jax.Array,
+    lse_TG: jax.Array,
+    g_TGC: jax.Array,
+    mask: Mask,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    tiles = _Tiles(TILE, mask)
+    delta_TG = (o_TGC.astype(jnp.float32) * g_TGC.astype(jnp.float32)).sum(-1)
+
+    def queries(carry: Any, i: jax.Array) -> Any:
+        q_GRC, g_GRC = (jnp.swapaxes(tiles.cut(x, i), 0, 1) for x in (q_TGC, g_TGC))
+        lse_GR, delta_GR = (tiles.cut(x, i).T for x in (lse_TG, delta_TG))
+
+        def keys(j: jax.Array, carry: Any) -> Any:
+            d_q, d_k, d_v = carry
+            scores = tiles.scores(q_GRC, k_SC, segments_T, i, j)
+            p = jnp.exp(scores - lse_GR[..., None])
+            d_p = jnp.einsum("GRC,SC->GRS", g_GRC, tiles.cut(v_SC, j), preferred_element_type=jnp.float32)
+            d_s = _d_scores(p, scores, d_p, delta_GR, mask.softcap).astype(q_GRC.dtype)
+            d_q = d_q + jnp.einsum("GRS,SC->GRC", d_s, tiles.cut(k_SC, j), preferred_element_type=jnp.float32)
+            own_k = jnp.einsum("GRS,GRC->SC", d_s, q_GRC, preferred_element_type=jnp.float32)
+            own_v = jnp.einsum("GRS,GRC->SC", p.astype(g_GRC.dtype), g_GRC, preferred_element_type=jnp.float32)
+            return d_q, _add_at(d_k, own_k, j * TILE), _add_at(d_v, own_v, j * TILE)
+
+        d_k, d_v = carry
+        d_q = (q_GRC * 0).astype(jnp.float32) + d_k[0, 0] * 0
+        d_q, d_k, d_v = jax.lax.fori_loop(tiles.first(i), i + 1, keys, (d_q, d_k, d_v))
+        return (d_k, d_v), jnp.swapaxes(d_q, 0, 1)
+
+    # A zero made from every input carries their sharding types into the loop.
+    zero = sum((x.ravel()[0] * 0).astype(jnp.float32) for x in (q_TGC, k_SC, v_SC, g_TGC))
+    start = (zero + jnp.zeros(k_SC.shape), zero + jnp.zeros(v_SC.shape))
+    (d_k, d_v), d_q = jax.lax.scan(queries, start, jnp.arange(q_TGC.shape[0] // TILE))
+    return d_q.reshape(q_TGC.shape), d_k, d_v
+
+
+def _add_at(x: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
+    old = jax.lax.dynamic_slice_in_dim(x, start, piece.shape[0])
+    return jax.lax.dynamic_update_slice_in_dim(x, old + piece, start, 0)
+
+
+# ---- both forms over all rows and key-value heads
+
+
+def _blocked(forward: Callable[..., Any], backward: Callable[..., Any], multiple: int) -> Callable[..., jax.Array]:
+    """Lifts a form of one key-value head to [B, T, H, C], with its custom gradient; rows are padded to whole blocks."""
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, mask: Mask) -> jax.Array:
+        return save(q, k, v, segments, mask)[0]
+
+    def save(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, mask: Mask) -> Any:
+        units = _to_units(q, k, v, segments)
+        o, lse = _over_units(functools.partial(forward, mask=mask), units)
+        return _from_units(o, q).astype(q.dtype), (q, k, v, segments, o, lse)
+
+    def pull(mask: Mask, saved: Any, g: jax.Array) -> Any:
+        q, k, v, segments, o, lse = saved
+        units = (*_to_units(q, k, v, segments), o, lse, _split_queries(g, k.shape[2]))
+        d_q, d_k, d_v = _over_units(functools.partial(backward, mask=mask), units)
+        merged = (_from_units(d_q, q), _from_units(d_k, k), _from_units(d_v, v))
+        return (*(d.astype(x.dtype) for d, x in zip(merged, (q, k, v), strict=True)), None)
+
+    attend.defvjp(save, pull)
+
+    def padded(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, mask: Mask) -> jax.Array:
+        missing = -q.shape[1] % multiple
+        scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+        if not missing:
+            return attend(scaled, k, v, segments, mask)
+        wide = [jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) for x in (scaled, k, v, segments)]
+        return attend(*wide, mask)[:, : q.shape[1]]
+
+    return padded
+
+
+def _split_queries(x_BTHC: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, T, H, C] to [B * K, T, G, C]."""
+    b, t, h, c = x_BTHC.shape
+    return x_BTHC.reshape(b, t, kv_heads, h // kv_heads, c).swapaxes(1, 2).reshape(b * kv_heads, t, h // kv_heads, c)
+
+
+def _to_units(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> tuple[jax.Array, ...]:
+    """Everything by (row, key-value head), with the documents of the row repeated for each head."""
+    kv_heads = k.shape[2]
+    k, v = (x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (k, v))
+    return _split_queries(q, kv_heads), k, v, jnp.repeat(segments, kv_heads, axis=0)
+
+
+def _from_units(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The inverse, for queries [B * K, T, G, C] and for keys [B * K, S, C], in the shape of `like`."""
+    b, t, heads, c = like.shape
+    if x.ndim == 3:
+        x = x[:, :, None]
+    kv_heads, groups = x.shape[0] // b, x.shape[2]
+    return x.reshape(b, kv_heads, t, groups, c).swapaxes(1, 2).reshape(b, t, heads, c)
+
+
+def _over_units(fn: Callable[..., Any], units: tuple[jax.Array, ...]) -> Any:
+    """A few units at a time, so that a block's scores stay in cache (on the CPU this is 3x faster than all at once)."""
+    count, groups = units[0].shape[0], units[0].shape[2]
+    together = max(n for n in range(1, max(1, HEADS_TOGETHER // groups) + 1) if count % n == 0)
+    cut = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), units)
+    out = jax.lax.map(lambda piece: jax.vmap(fn)(*piece), cut)
+    return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), out)
+
+
+SHORT = 1024  # rows up to this many tokens use panels
+BLOCK = 64
+TILE = 256
+HEADS_TOGETHER = 8
+
+FORMS: dict[tuple[str, str], Callable[..., jax.Array]] = {
+    ("any", "short"): _blocked(_panel_forward, _panel_backward, 1),
+    ("any", "long"): _blocked(_tile_forward, _tile_backward, TILE),
+}

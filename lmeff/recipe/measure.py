@@ -1,0 +1,65 @@
+"""What the report says of an artifact: held-out loss, size, FLOPs, and time measured in turn with all others."""
+
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lmeff.compress.storage import storage_bits
+from lmeff.core.specs import count
+from lmeff.data.loader import Dataset
+from lmeff.models.cost import flops_per_token
+from lmeff.models.transformer import param_specs
+from lmeff.parallel.mesh import Layout
+from lmeff.recipe.artifact import Artifact
+from lmeff.report.statistics import bootstrap_mean, paired_difference
+from lmeff.train.evaluate import DocumentLosses, document_losses, make_eval_step
+from lmeff.train.loop import place_batch
+
+TIMING = (
+    "median over repeats of one scoring forward pass (all logits, no cache) divided by its tokens, artifacts in turn; low and high are the "
+    "quartiles. On this machine only."
+)
+
+
+class Scorer(NamedTuple):
+    """A compiled scoring pass of one artifact: `run(batch) -> nats [B, T]`."""
+
+    artifact: Artifact
+    run: Any
+
+
+def make_scorer(artifact: Artifact, layout: Layout, policy: Any) -> Scorer:
+    """Binds the arrays of an artifact to its jitted scoring pass."""
+    step = make_eval_step(artifact.model, layout, policy)
+    return Scorer(artifact, lambda batch: step(artifact.params, artifact.state, artifact.ranges, batch))
+
+
+def held_out(scorer: Scorer, data: Dataset, layout: Layout, batch: int, batches: int | None) -> DocumentLosses:
+    """Losses of every held-out document, over the first `batches` batches where a cap is set."""
+    found = (pair for i, pair in enumerate(data.evaluation(batch)) if batches is None or i < batches)
+    return document_losses(scorer.run, found, len(data.document_bytes), layout)
+
+
+def timings(scorers: Mapping[str, Scorer], data: Dataset, layout: Layout, batch: int, repeats: int) -> dict[str, Any]:
+    """ms/token of every scorer as (median, low, high); one pass of each in turn, so that noise falls on all alike."""
+    host, _ = next(iter(data.evaluation(batch)))
+    placed = place_batch(host, layout)
+    for scorer in scorers.values():
+        jax.block_until_ready(scorer.run(placed))
+    seconds: dict[str, list[float]] = {name: [] for name in scorers}
+    for _ in range(repeats):
+        for name, scorer in scorers.items():
+            began = time.perf_counter()
+            jax.block_until_ready(scorer.run(placed))
+            seconds[name].append(time.perf_counter() - began)
+    per_token = 1e3 / host.tokens.size
+    return {name: tuple(per_token * t for t in _quartiles(times)) for name, times in seconds.items()}
+
+
+def _quartiles(times: list[float]) -> tuple[float, float, float]:
+    low, high = np.percentile(times, [25, 75])
+    return statistics.median(times), float(low), float(high)

@@ -1,0 +1,207 @@
+"""One stage of a recipe: artifacts in, one artifact out."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from lmeff.compress.base import State
+from lmeff.compress.calibrate import calibrate
+from lmeff.compress.importance import scores
+from lmeff.compress.shrink import ShrinkConfig, plan, shrink
+from lmeff.config import Experiment, Stage
+from lmeff.core.numerics import materialize
+from lmeff.core.precision import Policy, parse
+from lmeff.core.specs import abstract, initialize
+from lmeff.data.loader import Corpus
+from lmeff.distill.objectives import Distill, Projection, head_objective
+from lmeff.models.config import ModelConfig
+from lmeff.models.transformer import param_specs
+from lmeff.parallel.mesh import Layout, shardings
+from lmeff.parallel.seam import layout_ops
+from lmeff.recipe.artifact import Artifact, Recipe
+from lmeff.train.loop import Cost, train
+from lmeff.train.metrics import read_metrics
+from lmeff.train.optim import OptimConfig, learning_rate_at, make_optimizer
+from lmeff.train.progress import Progress
+from lmeff.train.state import Trainable, create_state
+from lmeff.train.step import Frozen, Model, Runtime
+
+Artifacts = Mapping[str, Artifact]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workshop:
+    """What all stages of a run share."""
+
+    experiment: Experiment
+    corpus: Corpus
+    layout: Layout
+    directory: Path
+    resume: bool
+
+    @property
+    def policy(self) -> Policy:
+        """The precision policy."""
+        return parse(self.experiment.precision)
+
+    def stage_dir(self, stage: Stage) -> Path:
+        """Where a stage writes."""
+        return self.directory / "stages" / stage.name
+
+    def calibration(self, batches: int) -> list[Any]:
+        """The first batches of the training data."""
+        return [self.corpus.train.batch(step) for step in range(batches)]
+
+
+class Start(NamedTuple):
+    """Where a stage begins.
+
+    state: the compression's state carried over from the earlier artifact; None where the stage compresses anew.
+    """
+
+    cfg: ModelConfig
+    params: Any
+    recipe: Recipe
+    state: State | None = None
+    ranges: Any = None
+
+
+def run_stage(shop: Workshop, stage: Stage, earlier: Artifacts, progress: Progress) -> Artifact:
+    """Makes the artifact of a stage: starting weights, structure, compression, calibration, training, packing."""
+    start = starting_point(shop, stage, earlier)
+    steps = shop.experiment.steps(stage)
+    began = time.perf_counter()
+    if steps == 0:
+        made, cost = _untrained(start), Cost(time.perf_counter() - began, 0.0, 0)
+    else:
+        made, cost = _trained(shop, stage, start, earlier, progress, steps)
+    params, state = made
+    details = {"seconds": cost.seconds, "compile_seconds": cost.compile_seconds, "tokens": cost.tokens}
+    artifact = Artifact(
+        name=stage.name,
+        cfg=start.cfg,
+        recipe=start.recipe,
+        params=params,
+        state=state,
+        ranges=start.ranges,
+        details=details | {"curve": _curve(shop.stage_dir(stage))},
+    )
+    return artifact.export() if stage.export else artifact
+
+
+def starting_point(shop: Workshop, stage: Stage, earlier: Artifacts) -> Start:
+    """Shape, weights and numerics before training.
+
+    Random weights depend on the seed and the shape alone: two students that differ in their objective start alike. A stage that
+    neither shrinks nor compresses goes on with its start's own compression and state; otherwise it begins from the weights as the start's
+    forward pass saw them.
+    """
+    if stage.start is None:
+        cfg = stage.model or shop.experiment.model
+        return _numerics(shop, stage, Start(cfg, _random(shop, cfg), Recipe(transforms=stage.compress)))
+    origin = earlier[stage.start]
+    if stage.shrink is None and not stage.compress:
+        start = Start(origin.cfg, origin.params, origin.recipe, origin.state, origin.ranges)
+        return _numerics(shop, stage, start)
+    cfg, params = origin.cfg, materialize(origin.effective())
+    if stage.shrink is not None:
+        cfg, params = _shrunk(shop, stage.shrink, cfg, params)
+    return _numerics(shop, stage, Start(cfg, params, Recipe(transforms=stage.compress)))
+
+
+def _random(shop: Workshop, cfg: ModelConfig) -> Any:
+    specs = param_specs(cfg)
+    dtype = shop.policy.params
+    out = shardings(abstract(specs, dtype), specs, shop.layout)
+    return jax.jit(lambda key: initialize(key, specs, dtype), out_shardings=out)(jax.random.key(shop.experiment.seed))
+
+
+def _shrunk(shop: Workshop, config: ShrinkConfig, cfg: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
+    batches = shop.calibration(config.calibration_batches)
+    found = scores(config, cfg, params, batches, layout_ops(shop.layout))
+    smaller, params, _ = shrink(cfg, params, None, plan(config, cfg, found))
+    return smaller, jax.device_put(params, shardings(params, param_specs(smaller), shop.layout))
+
+
+def _numerics(shop: Workshop, stage: Stage, start: Start) -> Start:
+    """Adds the stage's activation formats, calibrated on training data where they are static."""
+    if stage.activations is None:
+        return start
+    numerics = stage.activations.resolve(start.cfg)
+    ranges = None
+    if numerics.static_sites:
+        ranges = calibrate(start.cfg, start.params, shop.calibration(stage.activations.batches), shop.layout, numerics)
+    return start._replace(recipe=dataclasses.replace(start.recipe, numerics=numerics), ranges=ranges)
+
+
+def _untrained(start: Start) -> tuple[Any, State]:
+    if start.state is not None:
+        return start.params, start.state
+    specs = param_specs(start.cfg)
+    return start.params, jax.jit(lambda p: start.recipe.compression.init(p, specs))(start.params)
+
+
+def _trained(
+    shop: Workshop, stage: Stage, start: Start, earlier: Artifacts, progress: Progress, steps: int
+) -> tuple[tuple[Any, State], Cost]:
+    teacher = earlier[stage.distill.teacher] if stage.distill else None
+    optim = stage.optim or shop.experiment.optim
+    rt = runtime(shop, start, optim, steps, stage.distill, teacher)
+    state = create_state(start.params, rt.specs, rt.compression, rt.tx, shop.layout, ema=rt.ema is not None)
+    if start.state is not None:
+        trainable = Trainable(state.trainable.params, start.state.trainable)
+        state = state._replace(trainable=trainable, auxiliary=start.state.auxiliary)
+    frozen = Frozen(ranges=start.ranges)
+    if teacher is not None:
+        frozen = frozen._replace(teacher=materialize(teacher.effective()), teacher_ranges=teacher.ranges)
+    state, cost = train(
+        rt,
+        state,
+        frozen,
+        shop.corpus.train.batches,
+        shop.experiment.train,
+        steps=steps,
+        directory=shop.stage_dir(stage),
+        progress=progress,
+        learning_rate=lambda step: learning_rate_at(optim, steps, step),
+        metadata={"stage": stage.name},
+        resume=shop.resume,
+    )
+    final = state.ema if state.ema is not None else state.trainable
+    return (final.params, State(final.compression, state.auxiliary)), cost
+
+
+def runtime(
+    shop: Workshop, start: Start, optim: OptimConfig, steps: int, distill: Distill | None, teacher: Artifact | None
+) -> Runtime:
+    """Everything static of the stage's train step."""
+    config = shop.experiment.train
+    specs = param_specs(start.cfg)
+    compression = start.recipe.compression
+    projection = Projection(start.cfg, start.recipe.numerics)
+    teacher_model = None if teacher is None else Model(teacher.cfg, teacher.recipe.numerics)
+    teacher_head = None if teacher is None else Projection(teacher.cfg, teacher.recipe.numerics)
+    return Runtime(
+        student=Model(start.cfg, start.recipe.numerics, compression.apply),
+        teacher=teacher_model,
+        specs=specs,
+        compression=compression,
+        objective=head_objective(projection, teacher_head, distill),
+        tx=make_optimizer(optim, steps, policy=shop.policy, specs=specs),
+        layout=shop.layout,
+        policy=shop.policy,
+        accumulate=config.accumulate,
+        remat=config.remat,
+        ema=optim.ema,
+    )
+
+
+def _curve(directory: Path) -> list[list[float]]:
+    """The learning curve as [step, tokens, loss] from the metrics on disk."""
+    file = directory / "metrics.jsonl"
+    return [[row["step"], row["tokens"], row["loss"]] for row in read_metrics(file)] if file.exists() else []
