@@ -152,9 +152,7 @@ class _Tiles(NamedTuple):
     def cut(self, x: jax.Array, i: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(x, i * self.block, self.block)
 
-    def scores(
-        self, q_GRC: jax.Array, k_SC: jax.Array, segments_T: jax.Array, i: jax.Array, j: jax.Array
-    ) -> jax.Array:
+    def scores(self, q_GRC: jax.Array, k_SC: jax.Array, segments_T: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
         own, other = self.cut(segments_T, i), self.cut(segments_T, j)
         t, s = (n * self.block + jnp.arange(self.block) for n in (i, j))
         bias_RS = jnp.where(_visible(own, other, t, s, self.mask), 0.0, MASKED)

@@ -7,15 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-
-from lmeff.compress.storage import storage_bits
-from lmeff.core.specs import count
 from lmeff.data.loader import Dataset
-from lmeff.models.cost import flops_per_token
-from lmeff.models.transformer import param_specs
+
 from lmeff.parallel.mesh import Layout
 from lmeff.recipe.artifact import Artifact
-from lmeff.report.statistics import bootstrap_mean, paired_difference
 from lmeff.train.evaluate import DocumentLosses, document_losses, make_eval_step
 from lmeff.train.loop import place_batch
 

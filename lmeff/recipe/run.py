@@ -3,25 +3,21 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
-from rich.console import Console
-
-from lmeff.compress.config import describe
 from lmeff.config import Experiment, Stage, check_resume, validate, write
-from lmeff.core.errors import CheckpointError
-from lmeff.core.precision import parse
-from lmeff.data.loader import Corpus, build
-from lmeff.models.transformer import param_specs
-from lmeff.parallel.mesh import Layout, make_layout
-from lmeff.recipe.artifact import Artifact, load, save
+from lmeff.data.loader import build
 from lmeff.recipe.summary import make_report
-from lmeff.recipe.stage import Workshop, recipe_of, run_stage
 from lmeff.report.html import write_html
 from lmeff.report.schema import Report
-from lmeff.report.tables import print_artifacts, print_rules
+from lmeff.report.tables import print_artifacts
 from lmeff.train.checkpoint import lock
+from rich.console import Console
+
+from lmeff.core.errors import CheckpointError
+from lmeff.parallel.mesh import make_layout
+from lmeff.recipe.artifact import Artifact, load, save
+from lmeff.recipe.stage import Workshop, recipe_of, run_stage
 from lmeff.train.progress import make_progress
 
 

@@ -1,0 +1,42 @@
+"""Metrics as JSON lines: the source of truth of a run."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class MetricsWriter:
+    """Appends one object a line: step, wall-clock seconds, values. Resuming drops lines of steps that will be run again."""
+
+    def __init__(self, path: Path, *, resume_step: int = 0) -> None:
+        """Opens the file; lines after `resume_step` are cut, so that a resumed run has neither gaps nor doubles."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if path.exists() else []
+        partial = path.with_suffix(".tmp")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        partial.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line; a number that is not finite becomes null, so that every line is strict JSON."""
+        row = {"step": step, "time": time.time()} | {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete lines; a last line cut off by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
