@@ -80,6 +80,9 @@ class Numerics:
         return tuple(site for site, format in self.activations if format.granularity == "tensor")
 
 
+FLOATING = Numerics()  # no activation is quantized
+
+
 def _activation_scale(x: jax.Array, format: QFormat, range_2: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """Scale and zero of a calibrated range, in the keepdims shape of `x` reduced over everything."""
     scale, zero = scale_from_range(range_2[0], range_2[1], format)
@@ -151,7 +154,7 @@ def lookup(table: Any, tokens: jax.Array) -> jax.Array:
 
 
 def make_ops(
-    numerics: Numerics = Numerics(),
+    numerics: Numerics = FLOATING,
     *,
     attend: Callable[..., jax.Array],
     place: Callable[[jax.Array, str], jax.Array] = lambda x, letters: x,

@@ -13,7 +13,7 @@ import jax
 from lmeff.core.batch import Batch
 from lmeff.core.errors import ConfigError
 from lmeff.core.numerics import is_qtensor, materialize
-from lmeff.core.ops import Numerics, Ranges, make_ops
+from lmeff.core.ops import FLOATING, Numerics, Ranges, make_ops
 from lmeff.distill.chunked import chunked_head, cross_entropy_rows, forward_kl_rows, map_rows
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import Output, project
@@ -48,7 +48,7 @@ class Projection(NamedTuple):
     """How a model's head turns hidden states into logits: its shape and its numerics."""
 
     cfg: ModelConfig
-    numerics: Numerics = Numerics()
+    numerics: Numerics = FLOATING
 
     def __call__(self, hidden_ND: jax.Array, head: Any, ranges: Ranges) -> jax.Array:
         """Logits [N, V] in float32; with a shard of the head, those of its part of the vocabulary."""

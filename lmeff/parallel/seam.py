@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from lmeff.core.numerics import is_qtensor
-from lmeff.core.ops import MakeOps, Numerics, lookup, make_ops
+from lmeff.core.ops import FLOATING, MakeOps, Numerics, lookup, make_ops
 from lmeff.models.attention import attention
 from lmeff.parallel.mesh import Layout
 
 
-def layout_ops(layout: Layout, numerics: Numerics = Numerics()) -> MakeOps:  # noqa: B008 -- frozen
-    """The seam for this layout; `Numerics()` leaves activations in floating point."""
+def layout_ops(layout: Layout, numerics: Numerics = FLOATING) -> MakeOps:
+    """The seam for this layout; `FLOATING` leaves activations in floating point."""
     return make_ops(
         numerics,
         attend=functools.partial(_attend, layout),

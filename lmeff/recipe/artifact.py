@@ -11,7 +11,7 @@ from lmeff.compress.config import build
 from lmeff.train.checkpoint import Checkpointer
 
 from lmeff.compress.base import Compression, State, identity
-from lmeff.core.ops import Numerics
+from lmeff.core.ops import FLOATING, Numerics
 from lmeff.core.specs import abstract
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import identity_view, param_specs
@@ -25,7 +25,7 @@ class Recipe:
     """What is static of an artifact and comes from its stage: with it and `cfg`, the arrays' shapes follow."""
 
     transforms: tuple[Any, ...] = ()
-    numerics: Numerics = Numerics()
+    numerics: Numerics = FLOATING
     packed: bool = False
 
     @property

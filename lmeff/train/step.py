@@ -10,7 +10,7 @@ import optax
 
 from lmeff.compress.base import Compression, State
 from lmeff.core.batch import Batch
-from lmeff.core.ops import Numerics, Ranges
+from lmeff.core.ops import FLOATING, Numerics, Ranges
 from lmeff.core.precision import Policy
 from lmeff.core.tree import Tree
 from lmeff.distill.objectives import Objective
@@ -30,7 +30,7 @@ class Model(NamedTuple):
     """A model as a step sees it: its shape, its numerics, and how its weights are viewed."""
 
     cfg: ModelConfig
-    numerics: Numerics = Numerics()
+    numerics: Numerics = FLOATING
     view: View = identity_view
 
     def run(
