@@ -9,10 +9,9 @@ import jax
 import numpy as np
 from lmeff.data.loader import Dataset
 
-from lmeff.parallel.mesh import Layout
+from lmeff.parallel.mesh import Layout, place_batch
 from lmeff.recipe.artifact import Artifact
 from lmeff.train.evaluate import DocumentLosses, document_losses, make_eval_step
-from lmeff.train.loop import place_batch
 
 TIMING = (
     "median over repeats of one scoring forward pass (all logits, no cache) divided by its tokens, artifacts in turn; low and high are the "
