@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from lmeff.compress.calibrate import calibrate
-from lmeff.compress.importance import scores
-from lmeff.compress.shrink import ShrinkConfig, plan, shrink
 from lmeff.config import Experiment, Stage
 from lmeff.data.loader import Corpus
 
 from lmeff.compress.base import State
+from lmeff.compress.calibrate import calibrate
+from lmeff.compress.importance import scores
+from lmeff.compress.shrink import ShrinkConfig, plan, shrink
 from lmeff.core.numerics import materialize
 from lmeff.core.precision import Policy, parse
 from lmeff.core.specs import abstract, initialize
@@ -22,7 +22,6 @@ from lmeff.distill.objectives import Distill, Projection, head_objective
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import Layout, shardings
-from lmeff.parallel.seam import layout_ops
 from lmeff.recipe.artifact import Artifact, Recipe
 from lmeff.train.loop import Cost, train
 from lmeff.train.metrics import read_metrics
@@ -123,27 +122,41 @@ def _random(shop: Workshop, cfg: ModelConfig) -> Any:
 
 def _shrunk(shop: Workshop, config: ShrinkConfig, cfg: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
     batches = shop.calibration(config.calibration_batches)
-    found = scores(config, cfg, params, batches, layout_ops(shop.layout))
-    smaller, params, _ = shrink(cfg, params, None, plan(config, cfg, found))
-    return smaller, jax.device_put(params, shardings(params, param_specs(smaller), shop.layout))
+    found = scores(config.importance, cfg, params, batches, shop.layout, seed=config.seed)
+    smaller, params, _ = shrink(cfg, params, None, plan(config, cfg, found), layout=shop.layout)
+    return smaller, params
 
 
 def _numerics(shop: Workshop, stage: Stage, start: Start) -> Start:
-    """Adds the stage's activation formats, calibrated on training data where they are static."""
+    """Adds the stage's activation formats, calibrated on training data where they are static, with the weights compressed as they will be."""
     if stage.activations is None:
         return start
     numerics = stage.activations.resolve(start.cfg)
     ranges = None
     if numerics.static_sites:
-        ranges = calibrate(start.cfg, start.params, shop.calibration(stage.activations.batches), shop.layout, numerics)
+        ranges = calibrate(
+            stage.activations,
+            start.cfg,
+            start.params,
+            shop.calibration(stage.activations.batches),
+            shop.layout,
+            view=start.recipe.compression.apply,
+            view_state=_state(start),
+            compute_dtype=shop.policy.compute,
+        )
     return start._replace(recipe=dataclasses.replace(start.recipe, numerics=numerics), ranges=ranges)
 
 
-def _untrained(start: Start) -> tuple[Any, State]:
+def _state(start: Start) -> State:
+    """The compression's state that a stage begins with."""
     if start.state is not None:
-        return start.params, start.state
+        return start.state
     specs = param_specs(start.cfg)
-    return start.params, jax.jit(lambda p: start.recipe.compression.init(p, specs))(start.params)
+    return jax.jit(lambda p: start.recipe.compression.init(p, specs))(start.params)
+
+
+def _untrained(start: Start) -> tuple[Any, State]:
+    return start.params, _state(start)
 
 
 def _trained(
