@@ -15,8 +15,8 @@ from lmeff.parallel.mesh import BATCH_AXES, indivisible
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
-def validate(experiment: Experiment, devices: int) -> None:
-    """Raises `ConfigError` for the first thing that cannot work on so many devices."""
+def validate(experiment: Experiment, devices: int) -> dict[str, ModelConfig]:
+    """The shape of every stage's model; raises `ConfigError` for the first thing that cannot work on so many devices."""
     _check_name("name", experiment.name)
     parse(experiment.precision)
     remat_policy(experiment.train.remat)
@@ -33,12 +33,13 @@ def validate(experiment: Experiment, devices: int) -> None:
         if stage.export:
             packed.add(stage.name)
     _check_claims(experiment, seen)
+    return seen
 
 
 def shape_of(experiment: Experiment, stage: Stage, earlier: Mapping[str, ModelConfig]) -> ModelConfig:
     """The shape of a stage's model, known before anything is built."""
     cfg = earlier[stage.start] if stage.start is not None else stage.model or experiment.model
-    return cfg if stage.shrink is None else stage.shrink.shape(cfg)
+    return cfg if stage.shrink is None else stage.shrink.apply(cfg)
 
 
 def _check_name(where: str, name: str) -> None:

@@ -17,6 +17,7 @@ from lmeff.config import Claim, Experiment, Stage
 from lmeff.config.schema import flat_values
 from lmeff.core.numerics import materialize
 from lmeff.core.specs import count
+from lmeff.core.tree import Tree, flatten
 from lmeff.models.cost import CONVENTION as FLOPS
 from lmeff.models.cost import flops_per_token
 from lmeff.models.transformer import param_specs
@@ -89,12 +90,16 @@ def _row(
         train_tokens=artifact.details["tokens"],
         train_seconds=artifact.details["seconds"],
         curve=tuple((step, tokens, loss) for step, tokens, loss in artifact.details["curve"]),
-        rules=tuple(
-            RuleRow(path=path, letters=letters, shape=shape, rule=rule)
-            for path, letters, shape, rule in describe(artifact.recipe.transforms, specs)
-        ),
+        rules=rule_rows(artifact.recipe.transforms, specs),
         note=artifact.details.get("note", ""),
     )
+
+
+def rule_rows(transforms: tuple[Any, ...], specs: Tree) -> tuple[RuleRow, ...]:
+    """What the transforms' rules resolve to, leaf by leaf."""
+    shapes = {path: spec.shape for path, spec in flatten(specs).items()}
+    rows = describe(transforms, specs)
+    return tuple(RuleRow(path=path, letters=letters, shape=shapes[path], rule=rule) for path, letters, _, rule in rows)
 
 
 def kind(stage: Stage, artifact: Artifact, steps: int) -> str:
