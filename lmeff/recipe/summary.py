@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from lmeff.compress.config import Prune, Quantize, describe, patterns
+from lmeff.compress.config import Prune, Quantize, describe, pruned
 from lmeff.compress.storage import CONVENTION as STORAGE
-from lmeff.compress.storage import packed_share, storage_bits
+from lmeff.compress.storage import quantized_bytes, storage_bits
 from lmeff.config import Claim, Experiment, Stage
 from lmeff.config.schema import flat_values
 from lmeff.core.numerics import materialize
@@ -70,7 +70,7 @@ def _row(
 ) -> ArtifactRow:
     specs = param_specs(artifact.cfg)
     seen = artifact.effective()
-    bits = storage_bits(seen, patterns(artifact.recipe.transforms, specs))
+    bits = storage_bits(seen, pruned(artifact.recipe.transforms, specs))
     mean, low, high = bootstrap_mean(losses.nats, losses.tokens, samples=shop.experiment.evaluate.samples)
     median, fast, slow = times
     return ArtifactRow(
@@ -146,7 +146,8 @@ def _verdict(
     low, high = comparison.interval
     detail = f"loss {losses[claim.artifact].mean:.4f} against {base:.4f} ({rise:+.2%}); difference {comparison.difference:+.4f} [{low:+.4f}, {high:+.4f}]"
     if claim.bytes_at_most is not None:
-        share = packed_share(artifacts[claim.artifact].effective())
+        packed, dense = quantized_bytes(artifacts[claim.artifact].effective())
+        share = packed / dense
         passed = passed and share <= claim.bytes_at_most
         text += f", its quantized leaves at most {claim.bytes_at_most:g} of their float32 bytes"
         detail += f"; {share:.3f} of the bytes"
