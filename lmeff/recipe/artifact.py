@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from lmeff.compress.config import build
 from lmeff.train.checkpoint import Checkpointer
 
 from lmeff.compress.base import Compression, State, identity
+from lmeff.compress.config import build
 from lmeff.core.ops import FLOATING, Numerics
 from lmeff.core.specs import abstract
 from lmeff.models.config import ModelConfig

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lmeff.core.batch import Batch
 from lmeff.core.errors import UserError
-from lmeff.parallel.mesh import Layout
+from lmeff.parallel.mesh import place_batch
 from lmeff.train.checkpoint import Checkpointer
 from lmeff.train.metrics import MetricsWriter
 from lmeff.train.progress import Progress
@@ -52,11 +52,6 @@ class Cost(NamedTuple):
     seconds: float
     compile_seconds: float
     tokens: int
-
-
-def place_batch(batch: Batch, layout: Layout) -> Batch:
-    """A host batch on the mesh: rows over the batch axes, tokens whole."""
-    return jax.device_put(batch, jax.tree.map(lambda x: layout.sharding("B_", x.shape), batch))
 
 
 def compile_step(rt: Runtime, state: TrainState, batch: Batch, frozen: Frozen) -> Callable[..., Any]:
