@@ -1,11 +1,18 @@
 """Every layout, with everything composed on it, is one device: losses, gradients, states and five optimizer steps."""
 
 import dataclasses
+import functools
 
+import jax
 import numpy as np
 import pytest
 
-from tests.layouts.trial import Mesh, relative, run
+from lmeff.core.numerics import quantize
+from lmeff.core.ops import recording
+from lmeff.distill.objectives import Projection, token_nll
+from lmeff.models.transformer import forward
+from lmeff.parallel.seam import layout_ops
+from tests.layouts.trial import UNOPTIMIZED, Mesh, make_inputs, make_runtime, relative, run
 
 MESHES = [
     Mesh(data=8),
@@ -70,3 +77,43 @@ def test_equals_one_device(mesh, feature):
     for path, value in want.final.items():
         assert relative(got.final[path], value) <= 1e-5, path
     assert want.metrics[-1]["objective"] < want.metrics[0]["objective"]
+
+
+@pytest.mark.parametrize("mesh", [pytest.param(mesh, id=name(mesh), marks=pytest.mark.slow) for mesh in MESHES])
+def test_quantized_activations_give_the_same_loss(mesh):
+    """A sum that differs in its last bit may round to the next code, so equality is of another kind here."""
+    got, want = run(mesh, "activations"), run(one(mesh), "activations")
+    assert abs(got.metrics[0]["loss"] / want.metrics[0]["loss"] - 1) <= 1e-4
+    plain = run(one(mesh), "plain").metrics[0]["loss"]
+    assert abs(want.metrics[0]["loss"] / plain - 1) > 1e-4, "quantization has no effect"
+
+
+@functools.cache
+def codes(mesh):
+    """The integer codes of the activations entering every site, and the loss per token."""
+    rt = make_runtime(mesh, "activations")
+    state, batch, _ = make_inputs(rt, mesh)
+    formats, cfg = dict(rt.student.numerics.activations), rt.student.cfg
+
+    def measure(site, x):
+        return quantize(x, formats[site], (-2, -1) if site == "attn.o" else (-1,)).q if site in formats else None
+
+    def measured(params, view_state, batch):
+        make = recording(layout_ops(rt.layout, rt.student.numerics), measure)
+        out = forward(params, batch, cfg, make_ops=make, view=rt.student.view, view_state=view_state)
+        head = quantize(out.hidden_BTD, formats["head"], (-1,)).q
+        return {**out.records, "head": head}, token_nll(Projection(cfg, rt.student.numerics))(rt.layout, out, batch)
+
+    compiled = jax.jit(measured).lower(state.trainable.params, state.compression, batch).compile(UNOPTIMIZED)
+    return jax.tree.map(np.asarray, compiled(state.trainable.params, state.compression, batch))
+
+
+@pytest.mark.parametrize("mesh", [MESHES[7], pytest.param(MESHES[1], marks=pytest.mark.slow)])
+def test_quantized_activations_have_the_same_codes(mesh):
+    (got, nll), (want, want_nll) = codes(mesh), codes(one(mesh))
+    assert len(want) == 8
+    for site, expected in want.items():
+        assert len(np.unique(expected)) > 100, site
+        assert (got[site] == expected).mean() >= 0.999, site
+        assert np.abs(got[site].astype(int) - expected).max() <= 1, site
+    assert abs(nll.sum() / want_nll.sum() - 1) <= 1e-4

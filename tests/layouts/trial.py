@@ -25,10 +25,12 @@ from lmeff.train.state import create_state
 from lmeff.train.step import Frozen, Model, Runtime, make_train_step
 
 ROWS, TOKENS, STEPS = 16, 16, 5
+UNOPTIMIZED = {"xla_backend_optimization_level": 0}  # of LLVM: half the compile time, the same HLO
 
 MODELS = {
     "grouped": ModelConfig(vocab=96, width=64, layers=2, heads=8, kv_heads=4, ffn=128, tied=False),
     "tied": ModelConfig(vocab=96, width=64, layers=2, heads=8, kv_heads=8, ffn=128, qk_norm=True, logit_softcap=20.0),
+    "deep": ModelConfig(vocab=96, width=32, layers=8, heads=4, kv_heads=4, ffn=128),
 }
 TEACHER = ModelConfig(vocab=96, width=32, layers=2, heads=4, kv_heads=4, ffn=64, tied=False)
 INT8 = Quantize(rules=((MATRICES, "int8"), (".*", None)))
@@ -89,7 +91,6 @@ class Trial(NamedTuple):
     auxiliary: dict[str, np.ndarray]
     shards: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     compiled: Any
-    deleted: bool
 
 
 def make_batch(rows=ROWS, tokens=TOKENS, vocab=96, seed=0):
@@ -144,7 +145,7 @@ def make_runtime(mesh, feature, layout=None):
     )
 
 
-def make_inputs(rt, mesh):
+def make_inputs(rt, mesh, rows=ROWS):
     """A state, a batch and the frozen arrays, all on the mesh."""
     params = make_params(MODELS[mesh.model], 0)
     state = create_state(params, rt.specs, rt.compression, rt.tx, rt.layout, ema=False)
@@ -152,14 +153,14 @@ def make_inputs(rt, mesh):
     if rt.teacher is not None:
         teacher = make_params(TEACHER, 1)
         frozen = Frozen(teacher=jax.device_put(teacher, shardings(teacher, param_specs(TEACHER), rt.layout)))
-    return state, place_batch(make_batch(), rt.layout), frozen
+    return state, place_batch(make_batch(rows), rt.layout), frozen
 
 
 def compile_step(rt, state, batch, frozen):
-    """As `train.loop.compile_step`, with LLVM told not to optimize: half the compile time, the same HLO."""
+    """As `train.loop.compile_step`."""
     out = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(make_train_step(rt), donate_argnums=0, out_shardings=(out, None))
-    return step.lower(state, batch, frozen).compile(compiler_options={"xla_backend_optimization_level": 0})
+    return step.lower(state, batch, frozen).compile(UNOPTIMIZED)
 
 
 @functools.cache
@@ -170,13 +171,12 @@ def run(mesh, feature_name):
     compiled = compile_step(rt, state, batch, frozen)
     auxiliary = leaves(state.auxiliary)
     shards = {path: (x.shape, x.addressable_shards[0].data.shape) for path, x in by_path(state).items()}
-    metrics, first, before = [], {}, state
+    metrics, first = [], {}
     for step in range(STEPS):
         state, values = compiled(state, batch, frozen)
         metrics.append({name: float(value) for name, value in values.items()})
         first = first if step else leaves(state.opt[0])
-    deleted = all(x.is_deleted() for x in jax.tree.leaves(before))
-    return Trial(metrics, first, leaves(state.trainable), auxiliary, shards, compiled, deleted)
+    return Trial(metrics, first, leaves(state.trainable), auxiliary, shards, compiled)
 
 
 def by_path(tree):
