@@ -18,9 +18,10 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lmeff.core.batch import Batch
 from lmeff.core.errors import ConfigError
 from lmeff.core.specs import ParamSpec
-from lmeff.core.tree import Tree, flatten
+from lmeff.core.tree import Tree, flatten, owner
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -154,6 +155,11 @@ def make_layout(plan: MeshPlan, devices: Sequence[Any] | None = None) -> Layout:
     return Layout(mesh)
 
 
+def place_batch(batch: Batch, layout: Layout) -> Batch:
+    """A host batch on the mesh: rows over the batch axes, tokens whole."""
+    return jax.device_put(batch, jax.tree.map(lambda x: layout.sharding("B_", x.shape), batch))
+
+
 def parameter_shardings(specs: Tree, layout: Layout) -> dict[str, NamedSharding]:
     """`{path: sharding}` of every parameter."""
     return {path: layout.sharding(spec.letters, spec.shape) for path, spec in flatten(specs).items()}
@@ -168,8 +174,7 @@ def shardings(tree: Any, specs: Tree, layout: Layout) -> Any:
     flat: dict[str, ParamSpec] = flatten(specs)
 
     def leaf(path: Any, x: Any) -> NamedSharding:
-        keys = "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
-        spec = flat.get(keys)
+        spec = flat.get(owner(path, flat) or "")
         if spec is None or len(x.shape) != len(spec.letters):
             return layout.replicated
         letters = "".join(

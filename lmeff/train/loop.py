@@ -12,7 +12,7 @@ import jax
 
 from lmeff.core.batch import Batch
 from lmeff.core.errors import CheckpointError, ConfigError, UserError
-from lmeff.parallel.mesh import Layout
+from lmeff.parallel.mesh import place_batch
 from lmeff.train.checkpoint import Checkpointer
 from lmeff.train.metrics import MetricsWriter, read_metrics
 from lmeff.train.progress import Progress
@@ -112,11 +112,6 @@ class Outlets(NamedTuple):
     checkpointer: Checkpointer
     metrics: MetricsWriter
     progress: Progress
-
-
-def place_batch(batch: Batch, layout: Layout) -> Batch:
-    """A host batch on the mesh: rows over the batch axes, tokens whole."""
-    return jax.device_put(batch, jax.tree.map(lambda x: layout.sharding("B_", x.shape), batch))
 
 
 def compile_step(rt: Runtime, state: TrainState, batch: Batch, frozen: Frozen) -> Callable[..., Any]:

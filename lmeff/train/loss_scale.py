@@ -19,7 +19,7 @@ class LossScaleState(NamedTuple):
 
     scale: jax.Array
     clean: jax.Array
-    guarded: optax.ApplyIfFiniteState
+    guarded: Any
 
 
 def dynamic_loss_scale(
@@ -39,7 +39,8 @@ def dynamic_loss_scale(
     def init(params: Any) -> LossScaleState:
         return LossScaleState(jnp.float32(initial), jnp.int32(0), guard.init(params))
 
-    def update(updates: Any, state: LossScaleState, params: Any = None, **extra: Any) -> tuple[Any, LossScaleState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, LossScaleState]:
+        guarded: Any
         stepped, guarded = guard.update(updates, state.guarded, params, **extra)
         finite = guarded.last_finite
         clean = jnp.where(finite, state.clean + 1, 0)

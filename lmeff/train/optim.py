@@ -245,7 +245,7 @@ def _lamb(c: OptimConfig, rate: Schedule, kinds: Kinds) -> optax.GradientTransfo
 def _by_layer(inner: optax.GradientTransformation, kinds: Kinds) -> optax.GradientTransformation:
     """A transform without state that looks at one leaf at a time, on each layer of a stacked leaf."""
 
-    def one(update: jax.Array, param: jax.Array) -> jax.Array:
+    def one(update: jax.Array, param: jax.Array) -> Any:
         return inner.update(update, optax.EmptyState(), param)[0]
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

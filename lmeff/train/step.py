@@ -89,12 +89,12 @@ def make_train_step(rt: Runtime) -> Callable[[TrainState, Batch, Frozen], tuple[
         if scaled:
             grads = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads)
         updates, opt = rt.tx.update(grads, state.opt, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable: Any = optax.apply_updates(state.trainable, updates)
         auxiliary = rt.compression.update(
             trainable.params, grads.params, State(trainable.compression, state.auxiliary), state.step + 1
         )
         ema = None if rt.ema is None else ema_update(state.ema, trainable, rt.ema)
-        metrics = {**sums, "grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
+        metrics = {**sums, "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
         made = TrainState(trainable, opt, auxiliary, ema, state.step + 1)
         return skip_overflow(state, made, metrics) if scaled else (made, metrics)
 
