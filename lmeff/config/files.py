@@ -16,7 +16,7 @@ from lmeff.core.errors import CheckpointError, ConfigError
 FILE = "config.json"
 
 # Settings that may change between a run and its continuation: they change where or how often, never what.
-FREE = ("name", "runs", "mesh.", "train.log_every", "train.checkpoint_every", "train.keep", "evaluate.", "claims.")
+FREE = ("name", "runs", "mesh.", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep", "evaluate.", "claims.")
 
 
 def load_experiment(path: Path) -> Experiment:
