@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from lmeff.core.errors import DataError
 from lmeff.core.extras import require
-from lmeff.data.storage import ENDINGS, File, filesystem, find, is_remote, kind_of, opened
+from lmeff.data.storage import ENDINGS, File, fetch, find, is_remote, kind_of, opened
 
 # Vendored code, tests, and tables written by programs rather than people.
 LEFT_OUT = frozenset(
@@ -60,8 +60,12 @@ def embedded(path: tuple[str, ...], text_field: str) -> Iterator[Document]:
             f"data.source 'embedded': {root} holds {len(files)} .py files of Python's standard library, expected hundreds; this Python came without "
             "its sources. Set data.path to text of your own, or use a Python that has them."
         )
-    for file in sorted(files, key=lambda file: share(file.name)):
-        yield Document(file.name, _topics() if file.name == "pydoc_data/topics.py" else _python_source(file))
+    held: dict[str, File | str] = {file.name: file for file in files}
+    if held.pop("pydoc_data/topics.py", None):
+        held |= _topics()
+    for key in sorted(held, key=share):
+        found = held[key]
+        yield Document(key, found if isinstance(found, str) else _python_source(found))
 
 
 def _python_source(file: File) -> str:
@@ -74,10 +78,14 @@ def _python_source(file: File) -> str:
         ) from error
 
 
-def _topics() -> str:
-    # One document, not one for each topic: the topics quote each other at length.
-    topics = importlib.import_module("pydoc_data.topics").topics
-    return "\n\n".join(topics[name].strip("\n") for name in sorted(topics)) + "\n"
+def _topics() -> dict[str, str]:
+    """The topics of `help()`. They quote each other at length: each paragraph is kept once, so that no split holds what another trains on."""
+    topics, seen, kept = importlib.import_module("pydoc_data.topics").topics, set(), {}
+    for name in sorted(topics):
+        fresh = [paragraph for paragraph in topics[name].strip("\n").split("\n\n") if paragraph not in seen]
+        seen.update(fresh)
+        kept[f"pydoc_data/topics/{name}"] = "\n\n".join(fresh)
+    return kept
 
 
 def text(path: tuple[str, ...], text_field: str) -> Iterator[Document]:
@@ -105,7 +113,7 @@ def _decoded(file: File) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 raise DataError(
                     f"{file.path}: byte {at - pending + error.start} is no UTF-8 ({error.reason}), expected UTF-8 text; convert the file, for "
-                    f"example with 'iconv -f latin1 -t utf8', or leave it out of data.path"
+                    f"example with 'iconv -f latin1 -t utf8', or leave it out"
                 ) from error
             at += len(block)
             if not block:
@@ -139,7 +147,7 @@ def jsonl(path: tuple[str, ...], text_field: str) -> Iterator[Document]:
 
 def _json_text(where: str, line: bytes, text_field: str) -> str:
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode("utf-8-sig"))
     except ValueError as error:
         raise DataError(
             f"{where}: got {line[:60]!r}, which is no JSON ({error}); expected one JSON object a line"
@@ -181,9 +189,9 @@ def parquet(path: tuple[str, ...], text_field: str) -> Iterator[Document]:
                             _field(f"{file.path}, row {number}", {text_field: value}, text_field),
                         )
                         number += 1
-            except arrow.ArrowException as error:
+            except (arrow.ArrowException, UnicodeDecodeError) as error:
                 raise DataError(
-                    f"{file.path}: is no readable parquet file ({error}); write it again or leave it out of data.path"
+                    f"{file.path}: is no readable parquet file ({error}); write it again or leave it out"
                 ) from error
 
 
@@ -195,7 +203,7 @@ def array_record(path: tuple[str, ...], text_field: str) -> Iterator[Document]:
             local = file.path
             if is_remote(file.path):
                 local = str(Path(folder, "records"))
-                filesystem(file.path).get(file.path, local)
+                fetch(file.path, local)
             yield from _records(module, local, file.path)
 
 
@@ -205,7 +213,7 @@ def _records(module: Any, local: str, shown: str) -> Iterator[Document]:
         count = reader.num_records()
     except Exception as error:  # the library raises several kinds
         raise DataError(
-            f"{shown}: is no readable ArrayRecord file ({error}); write it again or leave it out of data.path"
+            f"{shown}: is no readable ArrayRecord file ({error}); write it again or leave it out"
         ) from error
     for number in range(count):
         try:
