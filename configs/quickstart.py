@@ -1,6 +1,6 @@
 """A small Llama on the Python standard library's own sources, and what compression makes of it.
 
-    lmeff run configs/quickstart.py
+lmeff run configs/quickstart.py
 """
 
 from lmeff.config import (
@@ -38,14 +38,27 @@ def experiment() -> Experiment:
         evaluate=EvaluateConfig(batch=32, batches=24),
         recipe=(
             Stage(name="teacher"),
-            Stage(name="pruned", start="teacher", compress=(Prune(sparsity=0.5, end=30, every=5),), optim=recover, steps=60),
+            Stage(
+                name="pruned",
+                start="teacher",
+                compress=(Prune(sparsity=0.5, end=30, every=5),),
+                optim=recover,
+                steps=60,
+            ),
             Stage(name="shrunk", start="teacher", shrink=ShrinkConfig(ffn=172, kv_heads=1), steps=0),
             Stage(name="shrunk-recovered", start="shrunk", distill=learn, optim=recover, steps=80),
             Stage(name="student", model=STUDENT, distill=learn, steps=150),
             Stage(name="student-control", model=STUDENT, steps=150),
             Stage(name="int8", start="teacher", compress=(Quantize(rules=INT8),), steps=0, export=True),
             Stage(name="int4", start="teacher", compress=(Quantize(rules=INT4),), steps=0, export=True),
-            Stage(name="qat-int4", start="teacher", compress=(Quantize(rules=INT4),), distill=learn, optim=recover, steps=60),
+            Stage(
+                name="qat-int4",
+                start="teacher",
+                compress=(Quantize(rules=INT4),),
+                distill=learn,
+                optim=recover,
+                steps=60,
+            ),
             Stage(name="qat-int4-packed", start="qat-int4", steps=0, export=True),
             Stage(
                 name="all-three",

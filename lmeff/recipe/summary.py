@@ -44,9 +44,7 @@ def make_report(
         losses[name] = held_out(scorer, data, shop.layout, options.batch, options.batches)
         console.print(f"measured {name}: {losses[name].mean:.4f} nats/token", highlight=False)
     times = timings(scorers, data, shop.layout, options.batch, options.repeats)
-    rows = tuple(
-        _row(shop, stage, artifacts[stage.name], losses[stage.name], times[stage.name]) for stage in stages
-    )
+    rows = tuple(_row(shop, stage, artifacts[stage.name], losses[stage.name], times[stage.name]) for stage in stages)
     first = losses[stages[0].name]
     claims = [claim for claim in experiment.claims if {claim.artifact, claim.of} <= artifacts.keys()]
     comparisons = {claim: _comparison(claim, losses, options.samples) for claim in claims}

@@ -7,7 +7,6 @@ from typing import Any
 
 from lmeff.core.extras import require
 from lmeff.report import words
-from lmeff.report.figures import Plot
 from lmeff.report.files import write_text
 from lmeff.report.frontier import frontier
 from lmeff.report.plots import make_plots
@@ -61,7 +60,10 @@ def _environment(jinja2: Any) -> Any:
 def _facts(report: Report) -> list[tuple[str, str]]:
     found = [
         ("Artifacts", str(len(report.artifacts))),
-        ("Held-out text", f"{words.plural(report.held_out_tokens, 'token')} in {words.plural(report.held_out_documents, 'document')}"),
+        (
+            "Held-out text",
+            f"{words.plural(report.held_out_tokens, 'token')} in {words.plural(report.held_out_documents, 'document')}",
+        ),
         ("Baseline", report.base.name),
         ("Data", report.data),
     ]
