@@ -22,7 +22,8 @@ LEFT_OUT = frozenset(
 )
 WHOLE_FILES = 100  # from this many text files on, a file is a document; fewer are cut into documents
 CUT_LONGEST, CUT_SHORTEST, CUT_DOCUMENTS = 4000, 500, 200
-BLOCK = 1 << 20
+BLOCK = 1 << 20  # bytes of text read at a time
+RECORDS = 1024  # ArrayRecords read at a time
 
 
 class Document(NamedTuple):
@@ -208,20 +209,21 @@ def array_record(path: tuple[str, ...], text_field: str) -> Iterator[Document]:
 
 
 def _records(module: Any, local: str, shown: str) -> Iterator[Document]:
-    try:
-        reader = module.ArrayRecordReader(local)
-        count = reader.num_records()
-    except Exception as error:  # the library raises several kinds
-        raise DataError(
-            f"{shown}: is no readable ArrayRecord file ({error}); write it again or leave it out"
-        ) from error
-    for number in range(count):
+    reader = module.ArrayRecordReader(local)
+    for first in range(
+        0, max(1, reader.num_records()), RECORDS
+    ):  # a damaged file may claim none: reading none of it tells
         try:
-            yield Document(f"{shown}:{number}", reader.read([number])[0].decode())
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{shown}, record {number}: is no UTF-8 text ({error}), expected records of plain text"
-            ) from error
+            found = reader.read(list(range(first, min(first + RECORDS, reader.num_records()))))
+        except RuntimeError as error:
+            raise DataError(f"{shown}: is damaged ({error}); write it again or leave it out") from error
+        for number, record in enumerate(found, first):
+            try:
+                yield Document(f"{shown}:{number}", record.decode())
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{shown}, record {number}: is no UTF-8 text ({error}), expected records of plain text"
+                ) from error
     reader.close()
 
 
