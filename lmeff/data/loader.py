@@ -58,7 +58,12 @@ class Dataset:
     @property
     def tokens(self) -> int:
         """Predicted tokens of one epoch."""
-        return sum(int(rows.pieces.length.sum()) for rows in self.rows)
+        return int(self.document_tokens.sum())
+
+    @property
+    def document_tokens(self) -> np.ndarray:
+        """Predicted tokens of each document, int64 [documents]: all but bos."""
+        return np.concatenate([np.diff(shard.starts) - 1 for shard in self.shards])
 
     @property
     def fill(self) -> float:
