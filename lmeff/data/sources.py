@@ -210,11 +210,10 @@ def array_record(path: tuple[str, ...], text_field: str) -> Iterator[Document]:
 
 def _records(module: Any, local: str, shown: str) -> Iterator[Document]:
     reader = module.ArrayRecordReader(local)
-    for first in range(
-        0, max(1, reader.num_records()), RECORDS
-    ):  # a damaged file may claim none: reading none of it tells
+    count = reader.num_records()
+    for first in range(0, max(1, count), RECORDS):  # a damaged file may claim to be empty: reading nothing of it tells
         try:
-            found = reader.read(list(range(first, min(first + RECORDS, reader.num_records()))))
+            found = reader.read(list(range(first, min(first + RECORDS, count))))
         except RuntimeError as error:
             raise DataError(f"{shown}: is damaged ({error}); write it again or leave it out") from error
         for number, record in enumerate(found, first):
@@ -269,13 +268,17 @@ def _files(source: str, path: tuple[str, ...]) -> list[File]:
 
 
 def _by_endings(path: tuple[str, ...]) -> str:
-    kinds = {kind_of(file.name) for root in path for file in find(root)} - {None}
-    if len(kinds) != 1:
-        raise DataError(
-            f"data.path: the files below {path} are of the kinds {sorted(map(str, kinds))}, expected one of {sorted(ENDINGS)} (by ending); "
-            "set data.source, or use data.mixture with a part for each kind"
-        )
-    return str(kinds.pop())
+    names = [file.name for root in path for file in find(root)]
+    kinds = sorted({kind for kind in map(kind_of, names) if kind is not None})
+    if len(kinds) == 1:
+        return kinds[0]
+    found = (
+        f"files of the kinds {kinds}" if kinds else f"{len(names)} files {names[:3]}, of no kind known by its ending"
+    )
+    raise DataError(
+        f"data.path: {', '.join(path)} holds {found}; expected one of {sorted(ENDINGS)}. Set data.source, or for several kinds data.mixture, a part "
+        "for each."
+    )
 
 
 def provenance(source: str, path: tuple[str, ...]) -> str:

@@ -89,7 +89,7 @@ def test_evaluation_gives_back_every_document_in_order(small, split, batch):
         np.add.at(tokens, document_BT[rows.weights > 0], rows.weights[rows.weights > 0])
     expected = documents_of(dataset)
     assert targets == [ids[1:].tolist() for ids in expected]
-    assert tokens.tolist() == [len(ids) - 1 for ids in expected]
+    assert tokens.tolist() == dataset.document_tokens.tolist() == [len(ids) - 1 for ids in expected]
     assert dataset.document_bytes.tolist() == [len(small.corpus.tokenizer.decode(ids).encode()) for ids in expected]
 
 

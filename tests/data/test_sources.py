@@ -230,13 +230,13 @@ def test_hf(tmp_path):
 def test_missing_empty_and_mixed_places_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"absent.txt' does not exist.*relative path starts at"):
         texts("embedded", ["absent.txt"])
-    with pytest.raises(DataError, match="expected"):
+    with pytest.raises(DataError, match=r"holds 0 files .*no kind known.*expected one of"):
         texts("embedded", [tmp_path])
     with pytest.raises(DataError, match=r"holds 0 files, none that ends like"):
         texts("jsonl", [tmp_path])
     (tmp_path / "a.txt").write_text("a")
     write_jsonl(tmp_path / "b.jsonl")
-    with pytest.raises(DataError, match=r"\['jsonl', 'text'\], expected one"):
+    with pytest.raises(DataError, match=r"kinds \['jsonl', 'text'\]; expected one"):
         texts("embedded", [tmp_path])
     assert texts("text", [tmp_path]) == ["a"]
 
