@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from flax import traverse_util
 
 Tree = Mapping[str, Any]
@@ -35,3 +36,13 @@ def merge(base: Tree, over: Tree) -> dict[str, Any]:
 def select(tree: Tree, paths: set[str] | Mapping[str, Any]) -> dict[str, Any]:
     """The part of `tree` whose paths are in `paths`."""
     return unflatten({path: leaf for path, leaf in flatten(tree).items() if path in paths})
+
+
+def owner(path: Any, paths: Mapping[str, Any]) -> str | None:
+    """The parameter that a leaf of some state mirrors: the longest run of dict keys in its `tree_map_with_path` path that is one of `paths`.
+
+    Keys around the run are the state's own: optax's partitions (Muon) and dicts within a leaf's entry have some.
+    """
+    keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+    runs = ("/".join(keys[i : i + n]) for n in range(len(keys), 0, -1) for i in range(len(keys) - n + 1))
+    return next((run for run in runs if run in paths), None)

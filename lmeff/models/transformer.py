@@ -129,16 +129,15 @@ def _head_norm(x_BTHC: jax.Array, scale_C: jax.Array, cfg: ModelConfig) -> jax.A
 
 def attention_layer(x_BTD: jax.Array, p: Tree, batch: Batch, cfg: ModelConfig, ops: Ops) -> jax.Array:
     """Self-attention within each document of the row."""
-    q_BTHC = ops.einsum("BTD,DHC->BTHC", x_BTD, p["wq"], site="attn.q")
-    k_BTKC = ops.einsum("BTD,DKC->BTKC", x_BTD, p["wk"], site="attn.k")
-    v_BTKC = ops.einsum("BTD,DKC->BTKC", x_BTD, p["wv"], site="attn.v")
+    q_BTHC = ops.place(ops.einsum("BTD,DHC->BTHC", x_BTD, p["wq"], site="attn.q"), "BTHC")
+    k_BTKC = ops.place(ops.einsum("BTD,DKC->BTKC", x_BTD, p["wk"], site="attn.k"), "BTKC")
+    v_BTKC = ops.place(ops.einsum("BTD,DKC->BTKC", x_BTD, p["wv"], site="attn.v"), "BTKC")
     if cfg.bias:
         q_BTHC, k_BTKC, v_BTKC = q_BTHC + p["q_bias"], k_BTKC + p["k_bias"], v_BTKC + p["v_bias"]
     if cfg.qk_norm:
         q_BTHC, k_BTKC = _head_norm(q_BTHC, p["q_norm"], cfg), _head_norm(k_BTKC, p["k_norm"], cfg)
-    q_BTHC = ops.place(rope(q_BTHC, batch.positions, cfg.rope_theta), "BTHC")
-    k_BTKC = ops.place(rope(k_BTKC, batch.positions, cfg.rope_theta), "BTKC")
-    v_BTKC = ops.place(v_BTKC, "BTKC")
+    q_BTHC = rope(q_BTHC, batch.positions, cfg.rope_theta)
+    k_BTKC = rope(k_BTKC, batch.positions, cfg.rope_theta)
     o_BTHC = ops.attend(q_BTHC, k_BTKC, v_BTKC, batch.segments, window=cfg.window, softcap=cfg.attention_softcap)
     o_BTHC = checkpoint_name(o_BTHC, "attn_out")
     ops.tap("attn.heads", o_BTHC)
@@ -165,10 +164,10 @@ def block(x_BTD: jax.Array, p: Tree, batch: Batch, cfg: ModelConfig, ops: Ops) -
     """One pre-norm transformer block."""
     ops.tap("block.in", x_BTD)
     with jax.named_scope("attention"):
-        h_BTD = normalize(x_BTD, p["attn_norm"], cfg)
+        h_BTD = ops.place(normalize(x_BTD, p["attn_norm"], cfg), "B__")
         x_BTD = ops.place(x_BTD + attention_layer(h_BTD, p["attn"], batch, cfg, ops), "BTD")
     with jax.named_scope("mlp"):
-        h_BTD = normalize(x_BTD, p["mlp_norm"], cfg)
+        h_BTD = ops.place(normalize(x_BTD, p["mlp_norm"], cfg), "B__")
         x_BTD = ops.place(x_BTD + mlp_layer(h_BTD, p["mlp"], cfg, ops), "BTD")
     ops.tap("block.out", x_BTD)
     return x_BTD
@@ -200,6 +199,7 @@ def forward(
     ranges: Ranges | None = None,
     remat: str = "none",
     compute_dtype: Any = jnp.float32,
+    output_dtype: Any = None,
 ) -> Output:
     """Runs the model on a batch of packed rows; gives the last hidden state, the head's weight and the records.
 
@@ -207,6 +207,7 @@ def forward(
     view:       how weights are seen, `(subtree, its state) -> subtree`; inside the scan, so no second copy of the weights exists.
     ranges:     calibrated activation ranges by site, [L, 2] for sites of the block and [2] for the head; None when nothing is calibrated.
     remat:      what the backward pass keeps: "none" (all), "dots", "names" (attention outputs and ffn hidden states) or "full" (nothing).
+    output_dtype: of the last hidden state, rounded once from float32; None is the compute dtype.
     """
 
     def seen(key: str) -> Any:
@@ -224,7 +225,7 @@ def forward(
     x_BTD = outer.ops.place(x_BTD, "BTD")
     layers = (params["blocks"], substate(view_state, "blocks"), _block_ranges(ranges))
     x_BTD, records = jax.lax.scan(remat_policy(remat)(step), x_BTD, layers)
-    hidden_BTD = normalize(x_BTD, seen("final_norm"), cfg)
+    hidden_BTD = normalize(x_BTD.astype(jnp.float32), seen("final_norm"), cfg).astype(output_dtype or compute_dtype)
     head = embed["table"] if cfg.tied else seen("head")["w"]
     return Output(hidden_BTD, head, head_ranges, {**{f"blocks/{k}": v for k, v in records.items()}, **outer.close()})
 

@@ -18,9 +18,10 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lmeff.core.batch import Batch
 from lmeff.core.errors import ConfigError
 from lmeff.core.specs import ParamSpec
-from lmeff.core.tree import Tree, flatten
+from lmeff.core.tree import Tree, flatten, owner
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -122,13 +123,13 @@ class Layout:
             return x
         return jax.lax.with_sharding_constraint(x, self.sharding(letters, x.shape))
 
-    def on_shards(self, fn: Callable[..., Any], inputs: Sequence[str], outputs: Any) -> Callable[..., Any]:
+    def on_shards(self, fn: Callable[..., Any], inputs: Sequence[Any], outputs: Any) -> Callable[..., Any]:
         """Runs `fn` on each device's shards: purely local code, or code that names its collectives.
 
-        `inputs` are letters; `outputs` letters or a pytree of them.
+        `inputs` are letters; `outputs` letters or a pytree of them. A sum inside `fn` that is to be differentiated must be right both with and
+        without JAX's checks of what varies over the mesh: under `vmap` (reserved axes) they are off, because they do not know mapped axes.
         """
-
-        names = {axis for axis, size in self.mesh.shape.items() if size > 1} - set(self.reserved)
+        names = {axis for axis, size in self.mesh.shape.items() if size > 1}
         if not names:
             return fn
         return jax.shard_map(
@@ -137,6 +138,7 @@ class Layout:
             in_specs=jax.tree.map(self.partition, tuple(inputs)),
             out_specs=jax.tree.map(self.partition, outputs),
             axis_names=names,
+            check_vma=not self.reserved,
         )
 
     def axes(self, letter: str) -> tuple[str, ...]:
@@ -154,6 +156,11 @@ def make_layout(plan: MeshPlan, devices: Sequence[Any] | None = None) -> Layout:
     return Layout(mesh)
 
 
+def place_batch(batch: Batch, layout: Layout) -> Batch:
+    """A host batch on the mesh: rows over the batch axes, tokens whole."""
+    return jax.device_put(batch, jax.tree.map(lambda x: layout.sharding("B_", x.shape), batch))
+
+
 def parameter_shardings(specs: Tree, layout: Layout) -> dict[str, NamedSharding]:
     """`{path: sharding}` of every parameter."""
     return {path: layout.sharding(spec.letters, spec.shape) for path, spec in flatten(specs).items()}
@@ -168,8 +175,7 @@ def shardings(tree: Any, specs: Tree, layout: Layout) -> Any:
     flat: dict[str, ParamSpec] = flatten(specs)
 
     def leaf(path: Any, x: Any) -> NamedSharding:
-        keys = "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
-        spec = flat.get(keys)
+        spec = flat.get(owner(path, flat) or "")
         if spec is None or len(x.shape) != len(spec.letters):
             return layout.replicated
         letters = "".join(

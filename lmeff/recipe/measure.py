@@ -1,4 +1,4 @@
-"""What the report says of an artifact: held-out loss, size, FLOPs, and time measured in turn with all others."""
+"""What the report says of artifacts: held-out loss document by document, and time, measured in turn with all others."""
 
 import statistics
 import time
@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from lmeff.data.loader import Dataset
 
-from lmeff.parallel.mesh import Layout
+from lmeff.core.precision import Policy
+from lmeff.data.loader import Dataset
+from lmeff.parallel.mesh import Layout, place_batch
 from lmeff.recipe.artifact import Artifact
 from lmeff.train.evaluate import DocumentLosses, document_losses, make_eval_step
-from lmeff.train.loop import place_batch
 
 TIMING = (
-    "median over repeats of one scoring forward pass (all logits, no cache) divided by its tokens, artifacts in turn; low and high are the "
-    "quartiles. On this machine only."
+    "ms/token is the median over repeats of one scoring forward pass (all logits, no cache) divided by its tokens, artifacts in turn; its interval "
+    "are the quartiles. On this machine only."
 )
 
 
@@ -27,7 +27,7 @@ class Scorer(NamedTuple):
     run: Any
 
 
-def make_scorer(artifact: Artifact, layout: Layout, policy: Any) -> Scorer:
+def make_scorer(artifact: Artifact, layout: Layout, policy: Policy) -> Scorer:
     """Binds the arrays of an artifact to its jitted scoring pass."""
     step = make_eval_step(artifact.model, layout, policy)
     return Scorer(artifact, lambda batch: step(artifact.params, artifact.state, artifact.ranges, batch))
@@ -39,7 +39,9 @@ def held_out(scorer: Scorer, data: Dataset, layout: Layout, batch: int, batches:
     return document_losses(scorer.run, found, len(data.document_bytes), layout)
 
 
-def timings(scorers: Mapping[str, Scorer], data: Dataset, layout: Layout, batch: int, repeats: int) -> dict[str, Any]:
+def timings(
+    scorers: Mapping[str, Scorer], data: Dataset, layout: Layout, batch: int, repeats: int
+) -> dict[str, tuple[float, float, float]]:
     """ms/token of every scorer as (median, low, high); one pass of each in turn, so that noise falls on all alike."""
     host, _ = next(iter(data.evaluation(batch)))
     placed = place_batch(host, layout)
@@ -52,9 +54,9 @@ def timings(scorers: Mapping[str, Scorer], data: Dataset, layout: Layout, batch:
             jax.block_until_ready(scorer.run(placed))
             seconds[name].append(time.perf_counter() - began)
     per_token = 1e3 / host.tokens.size
-    return {name: tuple(per_token * t for t in _quartiles(times)) for name, times in seconds.items()}
+    return {name: _quartiles([per_token * t for t in times]) for name, times in seconds.items()}
 
 
-def _quartiles(times: list[float]) -> tuple[float, float, float]:
-    low, high = np.percentile(times, [25, 75])
-    return statistics.median(times), float(low), float(high)
+def _quartiles(values: list[float]) -> tuple[float, float, float]:
+    low, high = np.percentile(values, [25, 75])
+    return statistics.median(values), float(low), float(high)

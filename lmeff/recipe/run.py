@@ -1,32 +1,48 @@
 """A recipe run: every stage, then every artifact measured on the same held-out text, then one report."""
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
-from lmeff.config import Experiment, Stage, check_resume, validate, write
-from lmeff.data.loader import build
-from lmeff.recipe.summary import make_report
-from lmeff.report.html import write_html
-from lmeff.report.schema import Report
-from lmeff.report.tables import print_artifacts
-from lmeff.train.checkpoint import lock
 from rich.console import Console
 
+from lmeff.config import Experiment, Stage
+from lmeff.config.files import check_resume, write
+from lmeff.config.validate import validate
 from lmeff.core.errors import CheckpointError
+from lmeff.core.extras import require
+from lmeff.data.loader import build
+from lmeff.models.config import ModelConfig
+from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import make_layout
 from lmeff.recipe.artifact import Artifact, load, save
 from lmeff.recipe.stage import Workshop, recipe_of, run_stage
+from lmeff.recipe.summary import make_report, rule_rows
+from lmeff.report.html import write_html
+from lmeff.report.schema import Report
+from lmeff.report.tables import print_artifacts, print_rules
+from lmeff.train.checkpoint import lock
 from lmeff.train.progress import make_progress
 
 
-def run(experiment: Experiment, *, only: str | None = None, resume: bool = True, console: Console) -> Report:
+def run(
+    experiment: Experiment,
+    *,
+    sources: Mapping[str, str],
+    only: str | None = None,
+    resume: bool = True,
+    console: Console,
+) -> Report:
     """Runs the recipe and reports on it. Stages that are done are read back; a stage that was cut off goes on where it was saved.
 
-    only: run this stage and what it needs that is not there yet, without the others.
+    sources: the origin of each setting, for the report.
+    only:    run this stage and what it needs that is not there yet, without the others.
     """
-    validate(experiment, jax.device_count())
+    shapes = validate(experiment, jax.device_count())
+    for package in ("matplotlib", "jinja2"):  # before hours of training, not after
+        require(package, extra="report")
     directory = Path(experiment.run_dir)
     if not resume and (directory / "config.json").exists():
         raise CheckpointError(
@@ -35,55 +51,70 @@ def run(experiment: Experiment, *, only: str | None = None, resume: bool = True,
     check_resume(experiment, directory)
     directory.mkdir(parents=True, exist_ok=True)
     with lock(directory):
+        shop = open_workshop(experiment, shapes, directory, console, resume=resume)
         write(experiment, directory)
-        return _run(experiment, directory, only, resume, console)
+        stages = experiment.recipe if only is None else needed(experiment.recipe, only)
+        artifacts: dict[str, Artifact] = {}
+        for stage in stages:
+            artifacts[stage.name] = make_or_load(shop, stage, artifacts, console)
+        report = make_report(shop, stages, artifacts, sources, console)
+        name = "report" if only is None else f"report-{only}"
+        report.write(directory / f"{name}.json")
+        write_html(report, directory / f"{name}.html")
+        print_artifacts(report, console)
+        console.print(f"report: {directory / f'{name}.html'}", highlight=False, soft_wrap=True)
+        return report
 
 
-def _run(experiment: Experiment, directory: Path, only: str | None, resume: bool, console: Console) -> Report:
+def open_workshop(
+    experiment: Experiment, shapes: Mapping[str, ModelConfig], directory: Path, console: Console, *, resume: bool = True
+) -> Workshop:
+    """The data and the mesh of a run."""
     corpus = build(experiment.data, directory / "data", experiment.seed, batch=experiment.train.batch)
-    console.print(f"data: {corpus.describe()}")
+    console.print(f"data: {corpus.describe()}", highlight=False, soft_wrap=True)
     layout = make_layout(experiment.mesh)
-    console.print(f"mesh: {dict(layout.mesh.shape)} on {jax.devices()[0].device_kind}")
-    shop = Workshop(experiment=experiment, corpus=corpus, layout=layout, directory=directory, resume=resume)
-    artifacts: dict[str, Artifact] = {}
-    stages = experiment.recipe if only is None else needed(experiment.recipe, only)
-    for stage in stages:
-        artifacts[stage.name] = make_or_load(shop, stage, artifacts, console)
-    report = make_report(shop, stages, artifacts)
-    report.write(directory / "report.json")
-    write_html(report, directory / "report.html")
-    print_artifacts(report, console)
-    return report
+    mesh = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
+    console.print(f"mesh: {mesh} on {jax.devices()[0].device_kind}", highlight=False)
+    return Workshop(
+        experiment=experiment, shapes=shapes, corpus=corpus, layout=layout, directory=directory, resume=resume
+    )
 
 
-def needed(stages: tuple[Stage, ...], only: str) -> tuple[Stage, ...]:
+def needed(stages: Sequence[Stage], only: str) -> tuple[Stage, ...]:
     """The stages that `only` depends on, and itself."""
-    by_name = {stage.name: stage for stage in stages}
     wanted = {only}
     for stage in reversed(stages):
         if stage.name in wanted:
-            wanted |= {name for name in parents(stage) if name in by_name}
+            wanted.update(stage.parents)
     return tuple(stage for stage in stages if stage.name in wanted)
 
 
-def parents(stage: Stage) -> list[str]:
-    """The earlier artifacts a stage reads."""
-    return [name for name in (stage.start, stage.distill.teacher if stage.distill else None) if name is not None]
+def is_done(shop: Workshop, stage: Stage) -> bool:
+    """Whether the stage's artifact is complete."""
+    return (shop.stage_dir(stage) / "done.json").exists()
+
+
+def load_artifact(shop: Workshop, stage: Stage, earlier: Mapping[str, Artifact]) -> Artifact:
+    """Reads the artifact of a stage that is done."""
+    recipe = recipe_of(stage, shop.shapes[stage.name], earlier)
+    recipe = dataclasses.replace(recipe, packed=recipe.packed or stage.export)
+    return load(stage.name, recipe, shop.stage_dir(stage) / "artifact", shop.layout, shop.policy.params)
 
 
 def make_or_load(shop: Workshop, stage: Stage, earlier: Mapping[str, Artifact], console: Console) -> Artifact:
     """The artifact of a stage: read back where it is complete, else made and saved."""
-    place = shop.stage_dir(stage) / "artifact"
-    done = shop.stage_dir(stage) / "done.json"
-    if done.exists():
-        console.print(f"{stage.name}: done before, read from {place}")
-        return load(stage.name, recipe_of(shop, stage, earlier), place, shop.layout, shop.policy.params)
+    if is_done(shop, stage):
+        console.print(f"{stage.name}: done before", highlight=False)
+        return load_artifact(shop, stage, earlier)
+    if stage.compress:
+        print_rules(rule_rows(stage.compress, param_specs(shop.shapes[stage.name])), console)
     steps = shop.experiment.steps(stage)
     progress = make_progress(stage.name, steps, console)
     try:
         artifact = run_stage(shop, stage, earlier, progress)
     finally:
         progress.close()
-    save(artifact, place)
+    save(artifact, shop.stage_dir(stage) / "artifact")
+    done = shop.stage_dir(stage) / "done.json"
     done.write_text(json.dumps({"stage": stage.name, "steps": steps}) + "\n", encoding="utf-8")
     return artifact

@@ -8,23 +8,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+
+from lmeff.compress.base import State
 from lmeff.compress.calibrate import calibrate
 from lmeff.compress.importance import scores
 from lmeff.compress.shrink import ShrinkConfig, plan, shrink
 from lmeff.config import Experiment, Stage
-from lmeff.data.loader import Corpus
-
-from lmeff.compress.base import State
 from lmeff.core.numerics import materialize
 from lmeff.core.precision import Policy, parse
 from lmeff.core.specs import abstract, initialize
+from lmeff.data.loader import Corpus
 from lmeff.distill.objectives import Distill, Projection, head_objective
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import Layout, shardings
-from lmeff.parallel.seam import layout_ops
 from lmeff.recipe.artifact import Artifact, Recipe
-from lmeff.train.loop import Cost, train
+from lmeff.train.loop import Cost, Job, train
 from lmeff.train.metrics import read_metrics
 from lmeff.train.optim import OptimConfig, learning_rate_at, make_optimizer
 from lmeff.train.progress import Progress
@@ -36,9 +35,10 @@ Artifacts = Mapping[str, Artifact]
 
 @dataclass(frozen=True, kw_only=True)
 class Workshop:
-    """What all stages of a run share."""
+    """What all stages of a run share; `shapes` are those of every stage's model."""
 
     experiment: Experiment
+    shapes: Mapping[str, ModelConfig]
     corpus: Corpus
     layout: Layout
     directory: Path
@@ -94,6 +94,21 @@ def run_stage(shop: Workshop, stage: Stage, earlier: Artifacts, progress: Progre
     return artifact.export() if stage.export else artifact
 
 
+def continues(stage: Stage) -> bool:
+    """Whether a stage goes on with its start's own transforms and their state."""
+    return stage.start is not None and stage.shrink is None and not stage.compress
+
+
+def recipe_of(stage: Stage, cfg: ModelConfig, earlier: Artifacts) -> Recipe:
+    """What is static of the artifact that a stage of this shape makes, before it is packed."""
+    recipe = Recipe(transforms=stage.compress)
+    if stage.start is not None and continues(stage):
+        recipe = earlier[stage.start].recipe
+    if stage.activations is not None:
+        recipe = dataclasses.replace(recipe, numerics=stage.activations.resolve(cfg))
+    return recipe
+
+
 def starting_point(shop: Workshop, stage: Stage, earlier: Artifacts) -> Start:
     """Shape, weights and numerics before training.
 
@@ -103,15 +118,17 @@ def starting_point(shop: Workshop, stage: Stage, earlier: Artifacts) -> Start:
     """
     if stage.start is None:
         cfg = stage.model or shop.experiment.model
-        return _numerics(shop, stage, Start(cfg, _random(shop, cfg), Recipe(transforms=stage.compress)))
-    origin = earlier[stage.start]
-    if stage.shrink is None and not stage.compress:
-        start = Start(origin.cfg, origin.params, origin.recipe, origin.state, origin.ranges)
-        return _numerics(shop, stage, start)
-    cfg, params = origin.cfg, materialize(origin.effective())
-    if stage.shrink is not None:
-        cfg, params = _shrunk(shop, stage.shrink, cfg, params)
-    return _numerics(shop, stage, Start(cfg, params, Recipe(transforms=stage.compress)))
+        start = Start(cfg, _random(shop, cfg), recipe_of(stage, cfg, earlier))
+    elif continues(stage):
+        origin = earlier[stage.start]
+        start = Start(origin.cfg, origin.params, recipe_of(stage, origin.cfg, earlier), origin.state, origin.ranges)
+    else:
+        origin = earlier[stage.start]
+        cfg, params = origin.cfg, materialize(origin.effective())
+        if stage.shrink is not None:
+            cfg, params = _shrunk(shop, stage.shrink, cfg, params)
+        start = Start(cfg, params, recipe_of(stage, cfg, earlier))
+    return _calibrated(shop, stage, start)
 
 
 def _random(shop: Workshop, cfg: ModelConfig) -> Any:
@@ -123,27 +140,40 @@ def _random(shop: Workshop, cfg: ModelConfig) -> Any:
 
 def _shrunk(shop: Workshop, config: ShrinkConfig, cfg: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
     batches = shop.calibration(config.calibration_batches)
-    found = scores(config, cfg, params, batches, layout_ops(shop.layout))
-    smaller, params, _ = shrink(cfg, params, None, plan(config, cfg, found))
-    return smaller, jax.device_put(params, shardings(params, param_specs(smaller), shop.layout))
+    found = scores(config.importance, cfg, params, batches, shop.layout, seed=config.seed)
+    smaller, params, _ = shrink(cfg, params, None, plan(config, cfg, found), layout=shop.layout)
+    return smaller, params
 
 
-def _numerics(shop: Workshop, stage: Stage, start: Start) -> Start:
-    """Adds the stage's activation formats, calibrated on training data where they are static."""
+def _calibrated(shop: Workshop, stage: Stage, start: Start) -> Start:
+    """Adds the ranges of the stage's static activation formats: from training data, with the weights compressed as they will be."""
     if stage.activations is None:
         return start
-    numerics = stage.activations.resolve(start.cfg)
-    ranges = None
-    if numerics.static_sites:
-        ranges = calibrate(start.cfg, start.params, shop.calibration(stage.activations.batches), shop.layout, numerics)
-    return start._replace(recipe=dataclasses.replace(start.recipe, numerics=numerics), ranges=ranges)
+    if not start.recipe.numerics.static_sites:
+        return start._replace(ranges=None)
+    ranges = calibrate(
+        stage.activations,
+        start.cfg,
+        start.params,
+        shop.calibration(stage.activations.batches),
+        shop.layout,
+        view=start.recipe.compression.apply,
+        view_state=_state(start),
+        compute_dtype=shop.policy.compute,
+    )
+    return start._replace(ranges=ranges)
+
+
+def _state(start: Start) -> State:
+    """The compression's state that a stage begins with."""
+    if start.state is not None:
+        return start.state
+    specs = param_specs(start.cfg)
+    return jax.jit(lambda p: start.recipe.compression.init(p, specs))(start.params)
 
 
 def _untrained(start: Start) -> tuple[Any, State]:
-    if start.state is not None:
-        return start.params, start.state
-    specs = param_specs(start.cfg)
-    return start.params, jax.jit(lambda p: start.recipe.compression.init(p, specs))(start.params)
+    return start.params, _state(start)
 
 
 def _trained(
@@ -159,21 +189,18 @@ def _trained(
     frozen = Frozen(ranges=start.ranges)
     if teacher is not None:
         frozen = frozen._replace(teacher=materialize(teacher.effective()), teacher_ranges=teacher.ranges)
-    state, cost = train(
-        rt,
-        state,
-        frozen,
-        shop.corpus.train.batches,
-        shop.experiment.train,
+    job = Job(
+        rt=rt,
+        frozen=frozen,
+        batches=shop.corpus.train.batches,
+        config=shop.experiment.train,
         steps=steps,
         directory=shop.stage_dir(stage),
-        progress=progress,
         learning_rate=lambda step: learning_rate_at(optim, steps, step),
         metadata={"stage": stage.name},
-        resume=shop.resume,
     )
-    final = state.ema if state.ema is not None else state.trainable
-    return (final.params, State(final.compression, state.auxiliary)), cost
+    state, cost = train(job, state, progress=progress, resume=shop.resume)
+    return (state.final.params, State(state.final.compression, state.auxiliary)), cost
 
 
 def runtime(

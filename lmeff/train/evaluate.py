@@ -10,8 +10,7 @@ from lmeff.core.batch import Batch
 from lmeff.core.ops import Ranges
 from lmeff.core.precision import Policy
 from lmeff.distill.objectives import Projection, token_nll
-from lmeff.parallel.mesh import Layout
-from lmeff.train.loop import place_batch
+from lmeff.parallel.mesh import Layout, place_batch
 from lmeff.train.step import Model
 
 EvalStep = Callable[[Any, Any, Ranges | None, Batch], jax.Array]

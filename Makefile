@@ -1,0 +1,46 @@
+# Two commands need nothing before them but Python 3.11 or newer:  make demo   make test
+VENV ?= .venv
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-slow lint format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/demo.installed  ## Train, compress and report the quickstart; goes on where it was stopped.
+	$(BIN)/lmeff run configs/quickstart.py
+
+test: $(VENV)/test.installed  ## Everything but the tests marked slow.
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/test.installed  ## What `make test` leaves out.
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/lint.installed $(VENV)/test.installed  ## Style, types, and which module may import which.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+format: $(VENV)/lint.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "lmeff needs Python 3.11 or newer and found none; install one, or say which: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.installed: pyproject.toml | $(BIN)/python
+	$(INSTALL) -e '.[report,text]'
+	@touch $@
+
+$(VENV)/test.installed: pyproject.toml | $(BIN)/python
+	$(INSTALL) -e '.[test]'
+	@touch $@
+
+$(VENV)/lint.installed: pyproject.toml | $(BIN)/python
+	$(INSTALL) -e '.[lint]'
+	@touch $@
+
+clean:  ## Removes environments and caches; runs stay.
+	rm -rf $(VENV) .venv-newest .jax_cache .pytest_cache .ruff_cache .import_linter_cache

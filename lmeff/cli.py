@@ -1,0 +1,261 @@
+"""The command line: `lmeff run | train | eval | report | config show | doctor`.
+
+Logs go to stderr under `--json`, which leaves one JSON object on stdout. Exit codes: 0 ok, 2 usage, 3 config, 4 data, 5 checkpoint, 1 anything else.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import tyro
+from rich.console import Console
+
+from lmeff import __version__, doctor
+from lmeff.config import Experiment
+from lmeff.config.files import load_experiment, origins, read, to_json
+from lmeff.config.overrides import override
+from lmeff.config.schema import flat_values
+from lmeff.config.validate import validate
+from lmeff.core.errors import UsageError, UserError
+from lmeff.recipe.evaluate import evaluate
+from lmeff.recipe.run import run
+from lmeff.report.html import write_html
+from lmeff.report.schema import Report
+from lmeff.report.tables import print_artifacts
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Runs a recipe: every stage, then every artifact measured on the same held-out text, then the report.
+
+    Stages that are done are read back, so the same command goes on where it was stopped. Settings of the config are overridden by their path:
+    --mesh.tensor 2 --optim.learning-rate 3e-4 --recipe.teacher.steps 50; `lmeff run CONFIG --help` lists them.
+
+    Attributes:
+        config: a Python file whose experiment() returns the config.
+        devices: force so many simulated CPU devices.
+        resume: go on with the run in its folder; --no-resume refuses where there is one.
+        json: print one JSON object on stdout and logs on stderr.
+    """
+
+    config: tyro.conf.Positional[Path]
+    devices: int | None = None
+    resume: bool = True
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Trains one stage of a recipe, and before it the stages that it reads where they are not done.
+
+    Attributes:
+        config: a Python file whose experiment() returns the config.
+        stage: the stage's name; the only one may be left out.
+        devices: force so many simulated CPU devices.
+        resume: go on with the run in its folder; --no-resume refuses where there is one.
+        json: print one JSON object on stdout and logs on stderr.
+    """
+
+    config: tyro.conf.Positional[Path]
+    stage: str | None = None
+    devices: int | None = None
+    resume: bool = True
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measures artifacts of a run: loss on its held-out text, with the interval over documents.
+
+    Attributes:
+        run: the folder of a run.
+        artifact: names of artifacts; all that are done where none is named.
+        text: files or folders of other text to measure on, read with the run's tokenizer.
+        devices: force so many simulated CPU devices.
+        json: print one JSON object on stdout and logs on stderr.
+    """
+
+    run: tyro.conf.Positional[Path]
+    artifact: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
+    devices: int | None = None
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeReport:
+    """Prints a run's table again and writes its report.html from report.json.
+
+    Attributes:
+        run: the folder of a run.
+        json: print the report as one JSON object on stdout and logs on stderr.
+    """
+
+    run: tyro.conf.Positional[Path]
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig:
+    """Shows the resolved config, each value with its origin: default, the file, or the command line.
+
+    Attributes:
+        action: what to do; there is only show.
+        config: a Python file whose experiment() returns the config.
+        devices: also check it against so many devices.
+        json: print one JSON object on stdout.
+    """
+
+    action: tyro.conf.Positional[Literal["show"]]
+    config: tyro.conf.Positional[Path]
+    devices: int | None = None
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Checks this machine: versions, devices, memory, disk, optional packages; one line each, with the remedy.
+
+    Attributes:
+        json: print one JSON object on stdout.
+    """
+
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+def _run(command: Run, overrides: Sequence[str], console: Console) -> Json:
+    experiment, sources = _experiment(command.config, overrides, command.devices)
+    return run(experiment, sources=sources, resume=command.resume, console=console).to_json()
+
+
+def _train(command: Train, overrides: Sequence[str], console: Console) -> Json:
+    experiment, sources = _experiment(command.config, overrides, command.devices)
+    if command.stage is None and len(experiment.recipe) > 1:
+        raise UsageError(
+            f"train: the recipe has several stages; expected --stage, one of {[s.name for s in experiment.recipe]}"
+        )
+    stage = experiment.stage(command.stage or next(iter(experiment.recipe)).name)
+    return run(experiment, sources=sources, only=stage.name, resume=command.resume, console=console).to_json()
+
+
+def _eval(command: Eval, overrides: Sequence[str], console: Console) -> Json:
+    experiment = override(read(command.run), overrides, prog="lmeff eval RUN")
+    _simulate(command.devices)
+    return evaluate(experiment, command.run, names=command.artifact, text=command.text, console=console)
+
+
+def _report(command: MakeReport, overrides: Sequence[str], console: Console) -> Json:
+    _refuse(overrides, "report")
+    report = Report.read(command.run / "report.json")
+    write_html(report, command.run / "report.html")
+    print_artifacts(report, console)
+    console.print(f"report: {command.run / 'report.html'}", highlight=False)
+    return report.to_json()
+
+
+def _show(command: ShowConfig, overrides: Sequence[str], console: Console) -> Json:
+    experiment, sources = _experiment(command.config, overrides, command.devices)
+    if command.devices is not None:
+        validate(experiment, command.devices)
+    for path, value in flat_values(experiment):
+        console.print(f"{path} = {value!r}  [dim]({sources[path]})[/dim]", highlight=False, soft_wrap=True)
+    return {"config": to_json(experiment), "origins": sources}
+
+
+def _doctor(command: Doctor, overrides: Sequence[str], console: Console) -> Json:
+    _refuse(overrides, "doctor")
+    checks = doctor.examine()
+    doctor.print_checks(checks, console)
+    return {"checks": [check._asdict() for check in checks]}
+
+
+def _experiment(path: Path, overrides: Sequence[str], devices: int | None) -> tuple[Experiment, dict[str, str]]:
+    """The experiment of a file with overrides, and the origin of each value."""
+    from_file = load_experiment(path)
+    experiment = override(from_file, overrides, prog=f"lmeff run {path}")
+    _simulate(devices)
+    return experiment, origins(experiment, from_file, str(path))
+
+
+def _simulate(devices: int | None) -> None:
+    """Forces simulated CPU devices; works until JAX has looked for devices."""
+    if devices is None:
+        return
+    if devices < 1:
+        raise UsageError(f"--devices: got {devices}, expected at least 1")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+
+
+def _refuse(arguments: Sequence[str], command: str) -> None:
+    if arguments:
+        raise UsageError(
+            f"lmeff {command}: unknown arguments {list(arguments)}; expected those that `lmeff {command} --help` lists"
+        )
+
+
+COMMANDS: dict[str, tuple[type, Callable[..., Json]]] = {
+    "run": (Run, _run),
+    "train": (Train, _train),
+    "eval": (Eval, _eval),
+    "report": (MakeReport, _report),
+    "config": (ShowConfig, _show),
+    "doctor": (Doctor, _doctor),
+}
+Command = (
+    Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[MakeReport, tyro.conf.subcommand("report")]
+    | Annotated[ShowConfig, tyro.conf.subcommand("config")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+)
+DESCRIPTION = f"lmeff {__version__}: efficient language models in JAX. Every command has --help and --json."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and gives its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in words
+    try:
+        _help_on_settings(words)
+        command, overrides = tyro.cli(
+            Command, prog="lmeff", description=DESCRIPTION, args=words, return_unknown_args=True
+        )  # type: ignore[call-overload]
+        console = Console(stderr=as_json)
+        handler = next(handler for kind, handler in COMMANDS.values() if isinstance(command, kind))
+        answer = handler(command, overrides, console)
+    except UserError as error:
+        return _failed(str(error), error.exit_code, as_json)
+    except SystemExit as stop:  # tyro has told what is wrong on stderr
+        return _failed("", 2, as_json) if stop.code else 0
+    except KeyboardInterrupt:
+        return _failed("interrupted; the same command goes on from the last checkpoint", 130, as_json)
+    if as_json:
+        print(json.dumps(answer))
+    return 0
+
+
+def _help_on_settings(words: Sequence[str]) -> None:
+    """`lmeff run CONFIG --help` lists the settings of that config."""
+    paths = [word for word in words[1:] if word.endswith(".py")]
+    if words[:1] != ["config"] and paths and ("--help" in words or "-h" in words):
+        override(load_experiment(Path(paths[0])), ["--help"], prog=f"lmeff {words[0]} {paths[0]}")
+
+
+def _failed(message: str, exit_code: int, as_json: bool) -> int:
+    if message:
+        print(f"lmeff: {message}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": message or "usage", "exit_code": exit_code}))
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Config: what a config file imports. `from lmeff.config import Experiment, Stage, ...`."""
+
+from lmeff.compress.activations import Activations
+from lmeff.compress.config import Prune, Quantize
+from lmeff.compress.shrink import ShrinkConfig
+from lmeff.config.schema import Claim, EvaluateConfig, Experiment, Stage
+from lmeff.data.config import DataConfig
+from lmeff.distill.objectives import Distill
+from lmeff.models.config import ModelConfig, preset
+from lmeff.parallel.mesh import MeshPlan
+from lmeff.train.loop import TrainConfig
+from lmeff.train.optim import OptimConfig
+
+__all__ = [
+    "Activations",
+    "Claim",
+    "DataConfig",
+    "Distill",
+    "EvaluateConfig",
+    "Experiment",
+    "MeshPlan",
+    "ModelConfig",
+    "OptimConfig",
+    "Prune",
+    "Quantize",
+    "ShrinkConfig",
+    "Stage",
+    "TrainConfig",
+    "preset",
+]

@@ -1,0 +1,176 @@
+"""From artifacts to the report: every row, comparison and verdict, computed from the same held-out documents."""
+
+import datetime
+import os
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from lmeff.compress.config import Prune, Quantize, describe, pruned
+from lmeff.compress.storage import CONVENTION as STORAGE
+from lmeff.compress.storage import quantized_bytes, storage_bits
+from lmeff.config import Claim, Experiment, Stage
+from lmeff.config.schema import flat_values
+from lmeff.core.numerics import materialize
+from lmeff.core.specs import count
+from lmeff.core.tree import Tree, flatten
+from lmeff.models.cost import CONVENTION as FLOPS
+from lmeff.models.cost import flops_per_token
+from lmeff.models.transformer import param_specs
+from lmeff.recipe.artifact import Artifact
+from lmeff.recipe.measure import TIMING, held_out, make_scorer, timings
+from lmeff.recipe.stage import Workshop
+from lmeff.report.schema import ArtifactRow, Comparison, Report, RuleRow, Verdict
+from lmeff.report.statistics import bootstrap_mean, paired_difference
+from lmeff.train.evaluate import DocumentLosses
+
+Artifacts = Mapping[str, Artifact]
+INTERVAL = "intervals of losses are 95% bootstrap intervals over held-out documents; of differences, over the same documents for both artifacts."
+
+
+def make_report(
+    shop: Workshop, stages: tuple[Stage, ...], artifacts: Artifacts, sources: Mapping[str, str], console: Console
+) -> Report:
+    """Measures every artifact and puts the report together."""
+    experiment, data = shop.experiment, shop.corpus.test
+    options = experiment.evaluate
+    scorers = {name: make_scorer(artifact, shop.layout, shop.policy) for name, artifact in artifacts.items()}
+    losses: dict[str, DocumentLosses] = {}
+    for name, scorer in scorers.items():
+        losses[name] = held_out(scorer, data, shop.layout, options.batch, options.batches)
+        console.print(f"measured {name}: {losses[name].mean:.4f} nats/token", highlight=False)
+    times = timings(scorers, data, shop.layout, options.batch, options.repeats)
+    rows = tuple(_row(shop, stage, artifacts[stage.name], losses[stage.name], times[stage.name]) for stage in stages)
+    first = losses[stages[0].name]
+    claims = [claim for claim in experiment.claims if {claim.artifact, claim.of} <= artifacts.keys()]
+    comparisons = {claim: _comparison(claim, losses, options.samples) for claim in claims}
+    return Report(
+        name=experiment.name,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        artifacts=rows,
+        comparisons=tuple(dict.fromkeys(comparisons.values())),
+        verdicts=tuple(_verdict(claim, comparisons[claim], artifacts, losses) for claim in claims),
+        conventions={"FLOPs": FLOPS, "storage": STORAGE, "timing": TIMING, "interval": INTERVAL},
+        environment=_environment(shop),
+        config=_nested_config(experiment, sources),
+        data=shop.corpus.describe(),
+        held_out_tokens=int(first.tokens.sum()),
+        held_out_documents=int((first.tokens > 0).sum()),
+    )
+
+
+def _row(
+    shop: Workshop, stage: Stage, artifact: Artifact, losses: DocumentLosses, times: tuple[float, float, float]
+) -> ArtifactRow:
+    specs = param_specs(artifact.cfg)
+    seen = artifact.effective()
+    bits = storage_bits(seen, pruned(artifact.recipe.transforms, specs))
+    mean, low, high = bootstrap_mean(losses.nats, losses.tokens, samples=shop.experiment.evaluate.samples)
+    median, fast, slow = times
+    return ArtifactRow(
+        name=artifact.name,
+        kind=kind(stage, artifact, shop.experiment.steps(stage)),
+        loss=mean,
+        loss_interval=(low, high),
+        bits_per_byte=bits_per_byte(losses, shop.corpus.test),
+        parameters=count(specs),
+        nonzero_parameters=_nonzero(seen),
+        stored_bytes=-(-bits // 8),
+        effective_bits=bits / count(specs),
+        flops_per_token=flops_per_token(artifact.cfg, shop.experiment.data.sequence),
+        ms_per_token=median,
+        ms_interval=(fast, slow),
+        parents=stage.parents,
+        train_tokens=artifact.details["tokens"],
+        train_seconds=artifact.details["seconds"],
+        curve=tuple((step, tokens, loss) for step, tokens, loss in artifact.details["curve"]),
+        rules=rule_rows(artifact.recipe.transforms, specs),
+        note=artifact.details.get("note", ""),
+    )
+
+
+def rule_rows(transforms: tuple[Any, ...], specs: Tree) -> tuple[RuleRow, ...]:
+    """What the transforms' rules resolve to, leaf by leaf."""
+    shapes = {path: spec.shape for path, spec in flatten(specs).items()}
+    rows = describe(transforms, specs)
+    return tuple(RuleRow(path=path, letters=letters, shape=shapes[path], rule=rule) for path, letters, _, rule in rows)
+
+
+def kind(stage: Stage, artifact: Artifact, steps: int) -> str:
+    """What was done to a model, in words: "dense", "pruned + distilled", "shrunk + distilled", "packed int4/g32"."""
+    words = ["shrunk"] if stage.shrink is not None else []
+    for transform in artifact.recipe.transforms:
+        if isinstance(transform, Prune):
+            words.append("pruned")
+        if isinstance(transform, Quantize):
+            formats = "/".join(dict.fromkeys(text for _, text in transform.rules if text is not None))
+            made = "packed" if artifact.recipe.packed else "QAT" if steps else "rounded"
+            words.append(f"{made} {formats}")
+    if artifact.recipe.numerics.activations:
+        words.append("quantized activations")
+    if stage.distill is not None:
+        words.append("distilled")
+    return " + ".join(words) or "dense"
+
+
+def bits_per_byte(losses: DocumentLosses, data: Any) -> float:
+    """Bits per UTF-8 byte; of a document read in part, as many bytes count as its share of tokens."""
+    share = losses.tokens / np.maximum(data.document_tokens, 1)
+    return float(losses.nats.sum() / np.log(2) / (data.document_bytes * share).sum())
+
+
+def _nonzero(params: Any) -> int:
+    values = jax.jit(lambda p: [(x != 0).sum() for x in jax.tree.leaves(materialize(p))])(params)
+    return int(sum(int(value) for value in values))
+
+
+def _comparison(claim: Claim, losses: Mapping[str, DocumentLosses], samples: int) -> Comparison:
+    a, b = losses[claim.artifact], losses[claim.of]
+    difference, low, high = paired_difference((a.nats, a.tokens), (b.nats, b.tokens), samples=samples)
+    return Comparison(a=claim.artifact, b=claim.of, difference=difference, interval=(low, high))
+
+
+def _verdict(
+    claim: Claim, comparison: Comparison, artifacts: Artifacts, losses: Mapping[str, DocumentLosses]
+) -> Verdict:
+    base = losses[claim.of].mean
+    rise = comparison.difference / base
+    allowed = f"within {claim.within:.1%} of" if claim.within else "no worse than"
+    text, passed = f"{claim.artifact} is {allowed} {claim.of}", bool(rise <= claim.within)
+    low, high = comparison.interval
+    detail = f"loss {losses[claim.artifact].mean:.4f} against {base:.4f} ({rise:+.2%}); difference {comparison.difference:+.4f} [{low:+.4f}, {high:+.4f}]"
+    if claim.bytes_at_most is not None:
+        packed, dense = quantized_bytes(artifacts[claim.artifact].effective())
+        share = packed / dense
+        passed = passed and share <= claim.bytes_at_most
+        text += f", its quantized leaves at most {claim.bytes_at_most:g} of their float32 bytes"
+        detail += f"; {share:.3f} of the bytes"
+    return Verdict(claim=text, passed=passed, measured=rise, bound=claim.within, detail=detail)
+
+
+def _environment(shop: Workshop) -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "devices": f"{jax.device_count()} x {device.device_kind}",
+        "mesh": ", ".join(f"{axis} {size}" for axis, size in shop.layout.mesh.shape.items()),
+    }
+
+
+def _nested_config(experiment: Experiment, sources: Mapping[str, str]) -> dict[str, Any]:
+    """The resolved config by sections, each value with its origin."""
+    nested: dict[str, Any] = {}
+    for path, value in flat_values(experiment):
+        *sections, name = path.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = {"value": value, "origin": sources.get(path, "the run")}
+    return nested

@@ -1,0 +1,313 @@
+"""A cut model is the big one with zeros in it: the same logits, the same training, in every variant; and every bad input is refused."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmeff.compress.base import LeafTransform, identity, only, per_leaf
+from lmeff.compress.importance import scores
+from lmeff.compress.shrink import Plan, ShrinkConfig, apply_masks, describe, masked, plan, shrink, smaller
+from lmeff.core.errors import ConfigError
+from lmeff.core.numerics import materialize, parse_format, quantize
+from lmeff.core.precision import Policy
+from lmeff.core.specs import count, initialize
+from lmeff.core.tree import flatten, map_with_path
+from lmeff.distill.objectives import Projection, head_objective
+from lmeff.models.config import ModelConfig
+from lmeff.models.cost import flops_per_token
+from lmeff.models.transformer import param_specs
+from lmeff.parallel.mesh import MeshPlan, make_layout
+from lmeff.train.optim import OPTIMIZERS, OptimConfig, make_optimizer
+from lmeff.train.state import build_state, create_state
+from lmeff.train.step import Frozen, Model, Runtime, make_train_step
+from tests.compress.structure import ONE, SMALL, logits, make_batch, make_model
+
+VARIANTS = {
+    "grouped, gated, tied": {},
+    "untied, plain, biases, layer norms, head norms": {
+        "activation": "gelu",
+        "bias": True,
+        "tied": False,
+        "qk_norm": True,
+        "norm": "layer",
+    },
+    "multi-head, gelu gate, head norms": {"kv_heads": 4, "activation": "geglu", "qk_norm": True, "bias": True},
+    "multi-query, own head width": {"kv_heads": 1, "head_width": 6, "tied": False, "window": 5},
+}
+PRODUCTS = {
+    "grouped, gated, tied": {"ffn": 9, "kv_heads": 1, "queries": 1, "layers": 2},
+    "untied, plain, biases, layer norms, head norms": {"ffn": 16, "kv_heads": 1, "layers": 2},
+    "multi-head, gelu gate, head norms": {"ffn": 5, "kv_heads": 3, "layers": 1},
+    "multi-query, own head width": {"ffn": 8, "queries": 3, "layers": 2},
+}
+SINGLES = [{"ffn": 11}, {"kv_heads": 1}, {"queries": 1}, {"layers": 2}]
+
+
+def random_plan(cfg, sizes, seed=0):
+    config = ShrinkConfig(**sizes, importance="random", seed=seed)
+    return plan(config, cfg, scores("random", cfg, None, (), ONE, seed=seed))
+
+
+@functools.cache
+def variant(name):
+    return make_model(**VARIANTS[name])
+
+
+CASES = [*PRODUCTS.items(), *(("grouped, gated, tied", sizes) for sizes in SINGLES)]
+
+
+@pytest.mark.parametrize(("name", "sizes"), CASES)
+def test_masked_equals_shrunk(name, sizes):
+    cfg, params = variant(name)
+    cut = random_plan(cfg, sizes)
+    new, small, _ = shrink(cfg, params, None, cut)
+    assert {path: x.shape for path, x in flatten(small).items()} == {
+        path: spec.shape for path, spec in flatten(param_specs(new)).items()
+    }
+    assert new == ShrinkConfig(**sizes).apply(cfg) == smaller(cfg, cut)
+    batch = make_batch()
+    whole = logits(cfg, params, batch)
+    want = logits(cfg, apply_masks(params, masked(cfg, cut)), batch)
+    got = logits(new, small, batch)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert np.abs(whole - want).max() > 1e-2  # the cut does change the model
+
+
+def test_describe_and_size():
+    cfg, params = variant("grouped, gated, tied")
+    cut = Plan(
+        layers=np.array([0, 2]),
+        neurons=np.array([np.r_[0:4, 6:24], np.r_[2:24]]),
+        groups=np.array([[1], [0]]),
+        heads=np.array([[2, 3], [0, 1]]),
+    )
+    rows = {row[0]: row[1:] for row in describe(cut, cfg)}
+    assert rows["layers"] == ("3", "2", "1")
+    assert rows["ffn neurons"] == ("24", "22", "layer 0: 4-5; layer 2: 0-1")
+    assert rows["kv heads"] == ("2", "1", "layer 0: 0; layer 2: 1")
+    assert rows["query heads"] == ("4", "2", "layer 0: 0-1; layer 2: 2-3")
+    new, small, _ = shrink(cfg, params, None, cut)
+    numbers = sum(x.size for x in jax.tree.leaves(small))
+    assert rows["parameters"][1] == f"{numbers:,}"
+    assert numbers == count(param_specs(new))
+    np.testing.assert_array_equal(small["blocks"]["mlp"]["down"][1], params["blocks"]["mlp"]["down"][2, 2:])
+    np.testing.assert_array_equal(small["blocks"]["attn"]["wq"][0], params["blocks"]["attn"]["wq"][0][:, 2:])
+    np.testing.assert_array_equal(small["blocks"]["attn"]["wk"][1], params["blocks"]["attn"]["wk"][2][:, :1])
+    assert flops_per_token(new, 16) < flops_per_token(cfg, 16)
+
+
+# ---- training on
+
+
+def masking(masks):
+    """The plan as plain 0/1 masks on the weights; the chain rule puts them on the gradients too."""
+    flat = flatten(masks)
+    transform = LeafTransform(
+        init=lambda w, spec: (None, jnp.zeros((), jnp.int32)),
+        apply=lambda w, trainable, mask: w * mask,
+        update=lambda w, grad, trainable, mask, step: mask,
+        export=lambda w, trainable, mask: w * mask,
+    )
+    lifted = only((*((path, True) for path in flat), (".*", False)), per_leaf(transform))
+
+    def init(params, specs):
+        state = lifted.init(params, specs)
+        return state._replace(
+            auxiliary=map_with_path(lambda path, leaf: leaf._replace(value=flat[path]), state.auxiliary)
+        )
+
+    return lifted._replace(init=init)
+
+
+def runtime(cfg, tx, compression):
+    return Runtime(
+        student=Model(cfg, view=compression.apply),
+        teacher=None,
+        specs=param_specs(cfg),
+        compression=compression,
+        objective=head_objective(Projection(cfg)),
+        tx=tx,
+        layout=ONE,
+        policy=Policy(),
+        ema=0.9,
+    )
+
+
+def train_steps(rt, state, first, steps):
+    step = jax.jit(make_train_step(rt))
+    losses = []
+    for i in range(first, first + steps):
+        state, metrics = step(state, jax.tree.map(jnp.asarray, make_batch(seed=i)), Frozen())
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+def test_trains_on_as_the_masked_model_does(optimizer):
+    name = "untied, plain, biases, layer norms, head norms"
+    cfg, params = variant(name)
+    cut = random_plan(cfg, {"ffn": 16, "kv_heads": 1, "layers": 2})
+    optim = OptimConfig(name=optimizer, learning_rate=1e-3, schedule="constant", warmup_steps=0, weight_decay=0.1)
+    tx = make_optimizer(optim, 40, policy=Policy(), specs=param_specs(cfg))
+    whole = runtime(cfg, tx, identity())
+    state, _ = train_steps(whole, build_state(params, whole.specs, identity(), tx, ema=True), 0, 5)
+
+    masks = masked(cfg, cut)
+    big = runtime(cfg, tx, masking(masks))
+    aux = big.compression.init(params, big.specs).auxiliary
+    big_state, big_losses = train_steps(big, state._replace(auxiliary=aux), 5, 10)
+
+    new, small_params, small_state = shrink(cfg, state.trainable.params, state, cut)
+    np.testing.assert_array_equal(*(jax.tree.leaves(x)[-1] for x in (small_params, small_state.trainable.params)))
+    small_tx = make_optimizer(optim, 40, policy=Policy(), specs=param_specs(new))
+    small = runtime(new, small_tx, identity())
+    small_state, small_losses = train_steps(small, small_state, 5, 10)
+
+    np.testing.assert_allclose(small_losses, big_losses, atol=1e-5)
+    assert small_losses[-1] < small_losses[0]
+    _, *want = shrink(cfg, big_state.trainable.params, (big_state.opt, big_state.ema), cut)
+    for got, expected in zip((small_state.trainable.params, (small_state.opt, small_state.ema)), want, strict=True):
+        assert jax.tree.structure(got) == jax.tree.structure(expected)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    # Control: moments that start anew do not give this training.
+    fresh, _ = train_steps(small, build_state(small_params, small.specs, identity(), small_tx, ema=True), 5, 10)
+    moved = np.abs(fresh.trainable.params["blocks"]["mlp"]["up"] - small_state.trainable.params["blocks"]["mlp"]["up"])
+    assert moved.max() > 1e-4
+
+
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+def test_every_optimizer_state_has_the_smaller_shape(optimizer):
+    cfg, params = variant("multi-head, gelu gate, head norms")
+    cut = random_plan(cfg, PRODUCTS["multi-head, gelu gate, head norms"])
+    new = smaller(cfg, cut)
+
+    def born(cfg):
+        optim = OptimConfig(name=optimizer, ema=0.9)
+        tx = make_optimizer(optim, 10, policy=Policy(), specs=param_specs(cfg))
+        return jax.eval_shape(
+            lambda key: build_state(initialize(key, param_specs(cfg)), param_specs(cfg), identity(), tx, ema=True),
+            jax.random.key(0),
+        )
+
+    def cut_state(key):
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), born(cfg))
+
+    _, _, got = shrink(cfg, params, cut_state(None), cut)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), got) == jax.tree.map(lambda x: (x.shape, x.dtype), born(new))
+
+
+def test_factored_moments_are_refused():
+    cfg = ModelConfig(vocab=8, width=128, layers=1, heads=2, kv_heads=1, ffn=128)
+    params = jax.tree.map(jnp.zeros_like, initialize(jax.random.key(0), param_specs(cfg)))
+    tx = make_optimizer(OptimConfig(name="adafactor"), 10, policy=Policy(), specs=param_specs(cfg))
+    with pytest.raises(ConfigError, match=r"v_row.*cannot be cut exactly.*adamw"):
+        shrink(cfg, params, tx.init(params), random_plan(cfg, {"ffn": 64}))
+
+
+def test_compression_state_is_cut_along():
+    cfg, params = variant("grouped, gated, tied")
+    cut = random_plan(cfg, PRODUCTS["grouped, gated, tied"])
+
+    def init(w, spec):
+        mask = jnp.arange(w.size).reshape(w.shape) % 2 == 0
+        scale = jnp.abs(w).max(spec.axes, keepdims=True)
+        return scale, {"mask": mask, "steps": jnp.int32(3)}
+
+    transform = LeafTransform(init, lambda w, t, a: w, lambda w, g, t, a, s: a, lambda w, t, a: w)
+    compression = only(((".*(wq|wk|wo|up|down)", True), (".*", False)), per_leaf(transform))
+    state = compression.init(params, param_specs(cfg))
+    new, small, got = shrink(cfg, params, state, cut)
+    fresh = compression.init(small, param_specs(new))
+    assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, fresh)
+    rows = np.asarray(cut.layers)
+    up = state.trainable["blocks"]["mlp"]["up"].value  # [L, 1, F]: one scale per neuron
+    want = np.take_along_axis(np.asarray(up)[rows], cut.neurons[:, None], axis=2)
+    np.testing.assert_array_equal(got.trainable["blocks"]["mlp"]["up"].value, want)
+    mask = got.auxiliary["blocks"]["attn"]["wo"].value["mask"]
+    whole = np.asarray(state.auxiliary["blocks"]["attn"]["wo"].value["mask"])[rows]
+    np.testing.assert_array_equal(mask, np.take_along_axis(whole, cut.heads[:, :, None, None], axis=1))
+
+
+def test_packed_weights_are_cut_where_that_is_exact():
+    cfg, params = variant("grouped, gated, tied")
+    specs = flatten(param_specs(cfg))
+    cut = random_plan(cfg, {"ffn": 8, "layers": 2})
+
+    def pack(text):
+        format = parse_format(text)
+        return map_with_path(
+            lambda path, w: quantize(w, format, specs[path].axes) if specs[path].is_matmul else w, params
+        )
+
+    packed = pack("int8")
+    _, small, _ = shrink(cfg, packed, None, cut)
+    _, want, _ = shrink(cfg, materialize(packed), None, cut)
+    for a, b in zip(jax.tree.leaves(materialize(small)), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ConfigError, match=r"'mlp'\]\['down'\].*regroup"):
+        shrink(cfg, pack("int4/g8"), None, cut)
+
+
+def test_sharded_models_are_cut_the_same():
+    cfg, params = variant("multi-head, gelu gate, head norms")
+    cut = random_plan(cfg, {"ffn": 8, "kv_heads": 2, "layers": 2})
+    layout = make_layout(MeshPlan(data=2, fsdp=2, tensor=2))
+    tx = make_optimizer(OptimConfig(), 10, policy=Policy(), specs=param_specs(cfg))
+    state = create_state(params, param_specs(cfg), identity(), tx, layout, ema=True)
+    new, small, small_state = shrink(cfg, state.trainable.params, state, cut, layout=layout)
+    _, want, _ = shrink(cfg, params, None, cut)
+    wanted = create_state(want, param_specs(new), identity(), tx, layout, ema=True)
+    for a, b in zip(
+        jax.tree.leaves((small, small_state)), jax.tree.leaves((wanted.trainable.params, wanted)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+    assert small["blocks"]["mlp"]["up"].sharding.spec[2] == "tensor"
+
+
+# ---- bad inputs
+
+BAD_CONFIGS = {
+    "nothing": ({}, "nothing is cut; set one of ffn, kv_heads"),
+    "unknown importance": ({"ffn": 8, "importance": "activations"}, "did you mean 'activation'"),
+    "no batches": ({"ffn": 8, "calibration_batches": 0}, "calibration_batches: got 0"),
+}
+BAD_TARGETS = {
+    "zero": ({"ffn": 0}, {}, r"shrink.ffn: got 0, expected 1 to 23 \(the model has 24\)"),
+    "negative": ({"layers": -1}, {}, "shrink.layers: got -1"),
+    "bigger": ({"ffn": 25}, {}, "shrink.ffn: got 25, expected 1 to 23"),
+    "equal": ({"layers": 3}, {}, "shrink.layers: got 3, expected 1 to 2"),
+    "multi-query": ({"kv_heads": 1}, {"kv_heads": 1}, "multi-query attention.*shrink.queries"),
+    "multi-head": ({"queries": 1}, {"kv_heads": 4}, "multi-head attention.*shrink.kv_heads"),
+    "one layer": ({"layers": 1}, {"layers": 1}, "only one of its layers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_bad_configs(case):
+    fields, message = BAD_CONFIGS[case]
+    with pytest.raises(ConfigError, match=message):
+        ShrinkConfig(**fields)
+
+
+@pytest.mark.parametrize("case", BAD_TARGETS)
+def test_bad_targets(case):
+    sizes, changes, message = BAD_TARGETS[case]
+    cfg = ModelConfig(**{**SMALL, **changes})
+    with pytest.raises(ConfigError, match=message):
+        ShrinkConfig(**sizes).apply(cfg)
+
+
+def test_state_that_mirrors_nothing_is_refused():
+    cfg, params = variant("grouped, gated, tied")
+    with pytest.raises(ConfigError, match=r"attn.q.*below no parameter"):
+        shrink(cfg, params, {"attn.q": jnp.zeros((3, 2))}, random_plan(cfg, {"layers": 2}))
+
+
+def test_head_width_stays():
+    assert ShrinkConfig(kv_heads=1).apply(ModelConfig(**SMALL)).head_size == 8
+    assert ShrinkConfig(ffn=8).apply(ModelConfig(**SMALL)).head_width is None
