@@ -24,7 +24,7 @@ def experiment():
         data=DataConfig(path=({text!r},), sequence=32, validation=0.2, test=0.2),
         train=TrainConfig(batch=8, steps=4, log_every=1, checkpoint_every=2),
         optim=OptimConfig(warmup_steps=1),
-        evaluate=EvaluateConfig(batch=8, batches=2, repeats=1, samples=50),
+        evaluate=EvaluateConfig(batch=32, batches=4, repeats=1, samples=50),
         recipe=({recipe}),
         claims=({claims}),
     )
@@ -67,7 +67,7 @@ def write_text(folder: Path) -> Path:
     place = folder / "text"
     place.mkdir()
     for i in range(120):
-        lines = (" ".join(words[(i * 7 + j * 3 + k * k) % len(words)] for k in range(9)) for j in range(12))
+        lines = (" ".join(words[(i * 7 + j * 3 + k * k) % len(words)] for k in range(9)) for j in range(4))
         (place / f"{i:03}.txt").write_text(f"document {i}\n" + "\n".join(lines))
     return place
 
