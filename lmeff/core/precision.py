@@ -26,7 +26,7 @@ class Policy:
     params:  the stored weights, which the optimizer updates.
     compute: activations and the weights as the forward pass sees them. Sums of products, norms and softmax are float32 in any case.
     output:  the last hidden state that the loss sees; logits are float32 in any case.
-    state:   the optimizer's moments.
+    state:   the optimizer's moments (all of them, the second too) between steps; a step computes in float32. Not float16: squares underflow.
     """
 
     params: Any = jnp.float32
@@ -62,6 +62,10 @@ def parse(text: str) -> Policy:
                 f"precision.{role}: got '{dtype}', expected one of {', '.join(names)}{_nearest(dtype, names)}"
             )
         chosen[role] = DTYPES[dtype]
+    if chosen.get("state") == jnp.float16:
+        raise ConfigError(
+            "precision.state: got float16, in which squares of gradients underflow; expected float32 or bfloat16"
+        )
     return Policy(**chosen)
 
 

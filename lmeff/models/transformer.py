@@ -199,6 +199,7 @@ def forward(
     ranges: Ranges | None = None,
     remat: str = "none",
     compute_dtype: Any = jnp.float32,
+    output_dtype: Any = None,
 ) -> Output:
     """Runs the model on a batch of packed rows; gives the last hidden state, the head's weight and the records.
 
@@ -206,6 +207,7 @@ def forward(
     view:       how weights are seen, `(subtree, its state) -> subtree`; inside the scan, so no second copy of the weights exists.
     ranges:     calibrated activation ranges by site, [L, 2] for sites of the block and [2] for the head; None when nothing is calibrated.
     remat:      what the backward pass keeps: "none" (all), "dots", "names" (attention outputs and ffn hidden states) or "full" (nothing).
+    output_dtype: of the last hidden state, rounded once from float32; None is the compute dtype.
     """
 
     def seen(key: str) -> Any:
@@ -222,8 +224,10 @@ def forward(
     x_BTD = outer.ops.embed(embed["table"], batch.tokens).astype(compute_dtype)
     x_BTD = outer.ops.place(x_BTD, "BTD")
     layers = (params["blocks"], substate(view_state, "blocks"), _block_ranges(ranges))
-    x_BTD, records = jax.lax.scan(remat_policy(remat)(step), x_BTD, layers)
-    hidden_BTD = normalize(x_BTD, seen("final_norm"), cfg)
+    x_BTD, records = jax.lax.scan(
+        remat_policy(remat)(step), x_BTD, layers, unroll=int(__import__("os").environ.get("UNROLL", "1"))
+    )
+    hidden_BTD = normalize(x_BTD.astype(jnp.float32), seen("final_norm"), cfg).astype(output_dtype or compute_dtype)
     head = embed["table"] if cfg.tied else seen("head")["w"]
     return Output(hidden_BTD, head, head_ranges, {**{f"blocks/{k}": v for k, v in records.items()}, **outer.close()})
 

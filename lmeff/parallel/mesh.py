@@ -123,7 +123,7 @@ class Layout:
             return x
         return jax.lax.with_sharding_constraint(x, self.sharding(letters, x.shape))
 
-    def on_shards(self, fn: Callable[..., Any], inputs: Sequence[str], outputs: Any) -> Callable[..., Any]:
+    def on_shards(self, fn: Callable[..., Any], inputs: Sequence[Any], outputs: Any) -> Callable[..., Any]:
         """Runs `fn` on each device's shards: purely local code, or code that names its collectives.
 
         `inputs` are letters; `outputs` letters or a pytree of them. A sum inside `fn` that is to be differentiated must be right both with and

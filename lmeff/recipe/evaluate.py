@@ -10,7 +10,7 @@ from rich.console import Console
 from lmeff.config import Experiment
 from lmeff.config.validate import validate
 from lmeff.core.errors import CheckpointError
-from lmeff.data.text import held_out_text
+from lmeff.data.loader import read_text
 from lmeff.recipe.artifact import Artifact
 from lmeff.recipe.measure import held_out, make_scorer
 from lmeff.recipe.run import is_done, load_artifact, open_workshop
@@ -26,19 +26,25 @@ def evaluate(
     for name in names:
         experiment.stage(name)
     shop = open_workshop(experiment, shapes, directory, console)
-    data = held_out_text(shop.corpus, experiment.data, text) if text else shop.corpus.test
+    data = read_text(text, shop.corpus, experiment.data.text_field) if text else shop.corpus.test
     artifacts: dict[str, Artifact] = {}
     rows = []
     for stage in experiment.recipe:
         if not is_done(shop, stage):
             if stage.name in names:
-                raise CheckpointError(f"{directory}: artifact '{stage.name}' is not done; expected a finished stage. Run it first: lmeff train.")
+                raise CheckpointError(
+                    f"{directory}: artifact '{stage.name}' is not done; expected a finished stage. Run it first: lmeff train."
+                )
             continue
         artifacts[stage.name] = load_artifact(shop, stage, artifacts)
         if not names or stage.name in names:
             options = experiment.evaluate
             losses = held_out(
-                make_scorer(artifacts[stage.name], shop.layout, shop.policy), data, shop.layout, options.batch, options.batches
+                make_scorer(artifacts[stage.name], shop.layout, shop.policy),
+                data,
+                shop.layout,
+                options.batch,
+                options.batches,
             )
             loss, low, high = bootstrap_mean(losses.nats, losses.tokens, samples=options.samples)
             row = {
@@ -54,5 +60,7 @@ def evaluate(
                 highlight=False,
             )
     if not rows:
-        raise CheckpointError(f"{directory}: no artifact is done; expected at least one finished stage. Run it first: lmeff run.")
+        raise CheckpointError(
+            f"{directory}: no artifact is done; expected at least one finished stage. Run it first: lmeff run."
+        )
     return {"run": str(directory), "text": list(text), "artifacts": rows}

@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from lmeff.config import Experiment, Stage
-from lmeff.data.loader import Corpus
 
 from lmeff.compress.base import State
 from lmeff.compress.calibrate import calibrate
 from lmeff.compress.importance import scores
 from lmeff.compress.shrink import ShrinkConfig, plan, shrink
+from lmeff.config import Experiment, Stage
 from lmeff.core.numerics import materialize
 from lmeff.core.precision import Policy, parse
 from lmeff.core.specs import abstract, initialize
+from lmeff.data.loader import Corpus
 from lmeff.distill.objectives import Distill, Projection, head_objective
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import Layout, shardings
 from lmeff.recipe.artifact import Artifact, Recipe
-from lmeff.train.loop import Cost, train
+from lmeff.train.loop import Cost, Job, train
 from lmeff.train.metrics import read_metrics
 from lmeff.train.optim import OptimConfig, learning_rate_at, make_optimizer
 from lmeff.train.progress import Progress
@@ -189,21 +189,18 @@ def _trained(
     frozen = Frozen(ranges=start.ranges)
     if teacher is not None:
         frozen = frozen._replace(teacher=materialize(teacher.effective()), teacher_ranges=teacher.ranges)
-    state, cost = train(
-        rt,
-        state,
-        frozen,
-        shop.corpus.train.batches,
-        shop.experiment.train,
+    job = Job(
+        rt=rt,
+        frozen=frozen,
+        batches=shop.corpus.train.batches,
+        config=shop.experiment.train,
         steps=steps,
         directory=shop.stage_dir(stage),
-        progress=progress,
         learning_rate=lambda step: learning_rate_at(optim, steps, step),
         metadata={"stage": stage.name},
-        resume=shop.resume,
     )
-    final = state.ema if state.ema is not None else state.trainable
-    return (final.params, State(final.compression, state.auxiliary)), cost
+    state, cost = train(job, state, progress=progress, resume=shop.resume)
+    return (state.final.params, State(state.final.compression, state.auxiliary)), cost
 
 
 def runtime(

@@ -1,22 +1,23 @@
 """The training loop: the one impure place. Feeds batches to the step, logs, saves, resumes."""
 
+import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from lmeff.core.batch import Batch
-from lmeff.core.errors import UserError
+from lmeff.core.errors import CheckpointError, ConfigError, UserError
 from lmeff.parallel.mesh import place_batch
 from lmeff.train.checkpoint import Checkpointer
-from lmeff.train.metrics import MetricsWriter
+from lmeff.train.metrics import MetricsWriter, read_metrics
 from lmeff.train.progress import Progress
 from lmeff.train.state import TrainState
-from lmeff.train.step import Frozen, Runtime, make_train_step
+from lmeff.train.step import Frozen, Metrics, Runtime, make_train_step
 
 
 class Diverged(UserError):
@@ -33,6 +34,7 @@ class TrainConfig:
     accumulate:       microbatches a step; the gradient is reduced once.
     remat:            what the backward pass keeps: "none", "dots", "names" or "full" (see `models.transformer.forward`).
     log_every:        steps between metric lines.
+    eval_every:       steps between held-out losses during training; None takes none.
     checkpoint_every: steps between checkpoints; None saves only at the end.
     keep:             checkpoints kept.
     """
@@ -42,8 +44,58 @@ class TrainConfig:
     accumulate: int = 1
     remat: str = "none"
     log_every: int = 10
+    eval_every: int | None = None
     checkpoint_every: int | None = None
     keep: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuses counts that are none."""
+        if self.steps < 0:
+            raise ConfigError(f"train.steps: got {self.steps}, expected 0 or more")
+        for name in ("batch", "accumulate", "log_every", "eval_every", "checkpoint_every", "keep"):
+            got = getattr(self, name)
+            if got is not None and got < 1:
+                raise ConfigError(f"train.{name}: got {got}, expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training run: what is trained, on what, until when, and where it writes.
+
+    batches:       the data from a step on; a pure function of the step, so a resumed run takes the very batches of the uninterrupted one.
+    learning_rate: what step number `step` (from 0) uses, for the log.
+    metadata:      JSON-able facts stored with each checkpoint.
+    evaluate:      the held-out loss in nats/token, for `config.eval_every`.
+    """
+
+    rt: Runtime
+    frozen: Frozen
+    batches: Callable[[int], Iterator[Batch]]
+    config: TrainConfig
+    steps: int
+    directory: Path
+    learning_rate: Callable[[int], float]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    evaluate: Callable[[TrainState], float] | None = None
+
+    def logs(self, step: int) -> bool:
+        """Whether a metric line is due after this step."""
+        return step in (1, self.steps) or _due(self.config.log_every, step) or self._evaluates(step)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step."""
+        return step == self.steps or _due(self.config.checkpoint_every, step)
+
+    def held_out(self, step: int, state: TrainState) -> dict[str, float]:
+        """`{"eval_loss": nats/token}` where it is due after this step."""
+        return {"eval_loss": self.evaluate(state)} if self.evaluate and self._evaluates(step) else {}
+
+    def _evaluates(self, step: int) -> bool:
+        return self.evaluate is not None and _due(self.config.eval_every, step)
+
+
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
 
 
 class Cost(NamedTuple):
@@ -54,6 +106,14 @@ class Cost(NamedTuple):
     tokens: int
 
 
+class Outlets(NamedTuple):
+    """Where a run writes."""
+
+    checkpointer: Checkpointer
+    metrics: MetricsWriter
+    progress: Progress
+
+
 def compile_step(rt: Runtime, state: TrainState, batch: Batch, frozen: Frozen) -> Callable[..., Any]:
     """The jitted step, compiled for these arguments; the state is donated and keeps its shardings."""
     out = jax.tree.map(lambda x: x.sharding, state)
@@ -61,97 +121,87 @@ def compile_step(rt: Runtime, state: TrainState, batch: Batch, frozen: Frozen) -
     return step.lower(state, batch, frozen).compile()
 
 
-def train(
-    rt: Runtime,
-    state: TrainState,
-    frozen: Frozen,
-    batches: Callable[[int], Iterator[Batch]],
-    config: TrainConfig,
-    *,
-    steps: int,
-    directory: Path,
-    progress: Progress,
-    learning_rate: Callable[[int], float],
-    metadata: dict[str, Any],
-    resume: bool,
-) -> tuple[TrainState, Cost]:
-    """Trains until `steps`, from the last checkpoint in `directory` where there is one and `resume` is set.
+def train(job: Job, state: TrainState, *, progress: Progress, resume: bool) -> tuple[TrainState, Cost]:
+    """Trains until `job.steps`, from the last checkpoint in the job's directory where there is one.
 
-    The data is a pure function of the step, so a resumed run takes the very batches that the uninterrupted one would have taken.
+    Raises `CheckpointError` where there is one but `resume` is not set (its steps would be mixed with those of another run), `Diverged` where
+    the loss stops being a number. Killed at any moment and resumed on the same mesh, a run ends bit for bit as if it had not been.
     """
-    checkpointer = Checkpointer(directory / "checkpoints", keep=config.keep)
-    try:
-        if resume and checkpointer.latest_step() is not None:
+    with Checkpointer(job.directory / "checkpoints", keep=job.config.keep) as checkpointer:
+        latest = checkpointer.latest_step()
+        if latest is not None:
+            if not resume:
+                raise CheckpointError(
+                    f"{checkpointer.directory}: holds a checkpoint of step {latest}, and resuming is off; expected none. Delete it, or resume."
+                )
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
             state, _ = checkpointer.restore(abstract)
-        start = int(state.step)
-        metrics = MetricsWriter(directory / "metrics.jsonl", resume_step=start)
-        state, cost = _run(
-            rt,
-            state,
-            frozen,
-            batches(start),
-            config,
-            start,
-            steps,
-            checkpointer,
-            metrics,
-            progress,
-            learning_rate,
-            metadata,
-        )
-        metrics.close()
-        return state, cost
-    finally:
-        checkpointer.close()
+        writer = MetricsWriter(job.directory / "metrics.jsonl", resume_step=int(state.step))
+        with contextlib.closing(writer) as metrics:
+            return _run(job, state, Outlets(checkpointer, metrics, progress))
 
 
-def _run(
-    rt: Runtime,
-    state: TrainState,
-    frozen: Frozen,
-    batches: Iterator[Batch],
-    config: TrainConfig,
-    start: int,
-    steps: int,
-    checkpointer: Checkpointer,
-    metrics: MetricsWriter,
-    progress: Progress,
-    learning_rate: Callable[[int], float],
-    metadata: dict[str, Any],
-) -> tuple[TrainState, Cost]:
-    compiled, compile_seconds, tokens = None, 0.0, 0
-    began = marked = time.perf_counter()
-    for step in range(start, steps):
-        host = next(batches)
-        batch = place_batch(host, rt.layout)
-        if compiled is None:
-            before = time.perf_counter()
-            compiled = compile_step(rt, state, batch, frozen)
-            compile_seconds = time.perf_counter() - before
-            marked = time.perf_counter()
-        state, values = compiled(state, batch, frozen)
-        tokens += host.tokens.size
-        done = step + 1
-        if done % config.log_every == 0 or done in (1, steps):
-            values = {name: float(value) for name, value in values.items()}
-            _refuse_divergence(values, done, checkpointer.directory)
-            elapsed = time.perf_counter() - marked
-            rate = tokens / max(elapsed, 1e-9)
-            values |= {"learning_rate": learning_rate(step), "tokens_per_second": rate}
-            metrics.write(done, {**values, "tokens": done * host.tokens.size})
-            progress.update(done, loss=values["loss"], tokens_per_second=rate)
-        if config.checkpoint_every is not None and done % config.checkpoint_every == 0 and done < steps:
-            checkpointer.save(done, state, metadata)
-    if start < steps:
-        checkpointer.save(steps, state, metadata)
+def _run(job: Job, state: TrainState, outlets: Outlets) -> tuple[TrainState, Cost]:
+    start = int(state.step)
+    if start >= job.steps:
+        rows = read_metrics(job.directory / "metrics.jsonl")
+        return state, Cost(0.0, 0.0, rows[-1]["tokens"] if rows else 0)
+    began = time.perf_counter()
+    batches = job.batches(start)
+    batch = place_batch(next(batches), job.rt.layout)
+    compiled = compile_step(job.rt, state, batch, job.frozen)
+    compile_seconds = time.perf_counter() - began
+    log = Log(job, outlets, start, batch.tokens.size)
+    for step in range(start + 1, job.steps + 1):
+        state, values = compiled(state, batch, job.frozen)
+        log.flush()
+        if job.logs(step) or job.saves(step):
+            log.add(step, values, job.held_out(step, state))
+        if job.saves(step):
+            log.flush()  # a checkpoint vouches for the lines before it, and for a loss that was a number
+            outlets.checkpointer.save(step, state, job.metadata)
+        if step < job.steps:
+            batch = place_batch(next(batches), job.rt.layout)
     jax.block_until_ready(state)
-    return state, Cost(time.perf_counter() - began - compile_seconds, compile_seconds, tokens)
+    seconds = time.perf_counter() - began - compile_seconds
+    return state, Cost(seconds, compile_seconds, job.steps * batch.tokens.size)
+
+
+class Log:
+    """The metric lines of a run. Each is written once the next step is on its way: waiting for it earlier would leave the device idle."""
+
+    def __init__(self, job: Job, outlets: Outlets, start: int, tokens: int) -> None:
+        """`tokens`: of one step."""
+        self._job, self._outlets, self._tokens = job, outlets, tokens
+        self._late: tuple[int, Metrics, dict[str, float]] | None = None
+        self._marked, self._told = time.perf_counter(), start
+
+    def add(self, step: int, values: Metrics, more: dict[str, float]) -> None:
+        """Keeps the numbers of a step, still on the device, until `flush`."""
+        self._late = (step, values, more)
+
+    def flush(self) -> None:
+        """Writes what was added; raises `Diverged` where it is not a number."""
+        if self._late is None:
+            return
+        (step, values, more), self._late = self._late, None
+        found = {name: float(value) for name, value in jax.device_get(values).items()} | more
+        if self._job.logs(step):
+            now = time.perf_counter()
+            rate = (step - self._told) * self._tokens / max(now - self._marked, 1e-9)
+            self._marked, self._told = now, step
+            taken = step - 1 - int(found.get("skipped", 0))
+            found |= {"learning_rate": self._job.learning_rate(max(taken, 0)), "tokens_per_second": rate}
+            self._outlets.metrics.write(step, {**found, "tokens": step * self._tokens})
+            self._outlets.progress.update(step, loss=found["loss"], tokens_per_second=rate)
+        _refuse_divergence(found, step, self._outlets.checkpointer.directory)
 
 
 def _refuse_divergence(values: dict[str, float], step: int, directory: Path) -> None:
-    if not jnp.isfinite(values["loss"]):
-        raise Diverged(
-            f"training: the loss is {values['loss']} at step {step}; expected a finite number. Lower optim.learning_rate, set optim.clip_norm, "
-            f"or use a wider precision. Earlier checkpoints are kept in {directory}."
-        )
+    """A loss that overflowed float16 is no divergence while loss scaling still skips such steps."""
+    for name in ("update_norm",) if "skipped" in values else ("loss", "update_norm"):
+        if not math.isfinite(values[name]):
+            raise Diverged(
+                f"training: the {name} is {values[name]} at step {step}; expected a finite number. Lower optim.learning_rate, set optim.clip_norm, "
+                f"or use a wider precision. Earlier checkpoints are kept in {directory}."
+            )

@@ -1,7 +1,8 @@
 """Dynamic loss scaling for float16, as an optax-style transform (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740, section 3.2).
 
-The step multiplies the loss by `current_scale(opt_state)` before differentiating; this transform divides the gradients, skips the whole update where
-one of them is not finite (halving the scale), and doubles the scale after a run of clean steps.
+The step multiplies the loss by `current_scale(opt_state)` before differentiating and divides the gradients by it, in float32. This transform skips the
+whole update where one of them is not finite (halving the scale), and doubles the scale after a run of clean steps. The skipping is
+`optax.apply_if_finite`'s.
 """
 
 from typing import Any, NamedTuple
@@ -10,14 +11,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+PATIENCE = 50  # overflows in a row: more than it takes to halve the scale from its start to its minimum
+
 
 class LossScaleState(NamedTuple):
-    """scale: float32; clean: clean steps since the last change; skipped: updates skipped in all; inner: the wrapped state."""
+    """scale: float32; clean: clean steps since the last change; guarded: the wrapped state, and how many updates were skipped."""
 
     scale: jax.Array
     clean: jax.Array
-    skipped: jax.Array
-    inner: Any
+    guarded: Any
 
 
 def dynamic_loss_scale(
@@ -28,30 +30,35 @@ def dynamic_loss_scale(
     factor: float = 2.0,
     minimum: float = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer. A step with a non-finite gradient leaves parameters and `inner` bit for bit as they were."""
-    inner = optax.with_extra_args_support(inner)
+    """Wraps an optimizer. A step with a non-finite gradient leaves parameters and its state bit for bit as they were.
+
+    After `PATIENCE` such steps in a row the gradient is not finite at any scale and is let through, so that the loss says so.
+    """
+    guard = optax.apply_if_finite(inner, PATIENCE)
 
     def init(params: Any) -> LossScaleState:
-        return LossScaleState(jnp.float32(initial), jnp.int32(0), jnp.int32(0), inner.init(params))
+        return LossScaleState(jnp.float32(initial), jnp.int32(0), guard.init(params))
 
-    def update(updates: Any, state: LossScaleState, params: Any = None, **extra: Any) -> tuple[Any, LossScaleState]:
-        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(updates)]))
-        unscaled = jax.tree.map(lambda g: g / state.scale.astype(g.dtype), updates)
-        stepped, new_inner = inner.update(unscaled, state.inner, params, **extra)
-        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, LossScaleState]:
+        guarded: Any
+        stepped, guarded = guard.update(updates, state.guarded, params, **extra)
+        finite = guarded.last_finite
         clean = jnp.where(finite, state.clean + 1, 0)
         grow = clean >= growth_interval
         scale = jnp.where(finite, state.scale, jnp.maximum(state.scale / factor, minimum))
         scale = jnp.where(grow, scale * factor, scale)
-        skipped = state.skipped + jnp.where(finite, 0, 1)
-        made = LossScaleState(scale, jnp.where(grow, 0, clean), skipped, keep(new_inner, state.inner))
-        return keep(stepped, jax.tree.map(jnp.zeros_like, stepped)), made
+        return stepped, LossScaleState(scale, jnp.where(grow, 0, clean), guarded)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def find(opt_state: Any) -> LossScaleState | None:
+    """The loss scale's state within an optimizer's, or None."""
+    is_scale = lambda x: isinstance(x, LossScaleState)  # noqa: E731
+    return next((x for x in jax.tree.leaves(opt_state, is_leaf=is_scale) if is_scale(x)), None)
+
+
 def current_scale(opt_state: Any) -> jax.Array:
     """The factor for the loss; 1 where the optimizer does not scale. Float32 scalar."""
-    is_scale = lambda x: isinstance(x, LossScaleState)  # noqa: E731
-    found = [x.scale for x in jax.tree.leaves(opt_state, is_leaf=is_scale) if is_scale(x)]
-    return found[0] if found else jnp.float32(1.0)
+    found = find(opt_state)
+    return jnp.float32(1.0) if found is None else found.scale

@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
     """The whole state of a run. Together with the config it determines every later step.
 
     auxiliary: the compression's other state (masks, ranges).
-    ema:       exponential moving average of `trainable`, or None.
+    ema:       exponential moving average of `trainable` in float32, from its start on; or None.
     step:      int32, steps taken; also the position in the data.
     """
 
@@ -38,6 +38,13 @@ class TrainState(NamedTuple):
         """The compression's state, both parts."""
         return State(self.trainable.compression, self.auxiliary)
 
+    @property
+    def final(self) -> Trainable:
+        """What the run gives: the average where one is kept, in the dtypes of `trainable`."""
+        if self.ema is None:
+            return self.trainable
+        return jax.tree.map(lambda average, x: average.astype(x.dtype), self.ema, self.trainable)
+
 
 def build_state(
     params: Any, specs: Tree, compression: Compression, tx: optax.GradientTransformation, *, ema: bool
@@ -45,7 +52,7 @@ def build_state(
     """A fresh state around `params`. Pure: runs under `jax.eval_shape` and `jax.jit`."""
     made = compression.init(params, specs)
     trainable = Trainable(params, made.trainable)
-    average = jax.tree.map(jnp.asarray, trainable) if ema else None
+    average = jax.tree.map(lambda x: x.astype(jnp.float32), trainable) if ema else None
     return TrainState(trainable, tx.init(trainable), made.auxiliary, average, jnp.int32(0))
 
 

@@ -19,7 +19,7 @@ from lmeff.models.transformer import Output, View, forward, identity_view
 from lmeff.parallel.accumulate import accumulated_gradients
 from lmeff.parallel.mesh import Layout
 from lmeff.parallel.seam import layout_ops
-from lmeff.train.loss_scale import current_scale
+from lmeff.train.loss_scale import PATIENCE, current_scale, find
 from lmeff.train.optim import ema_update
 from lmeff.train.state import Trainable, TrainState
 
@@ -47,6 +47,7 @@ class Model(NamedTuple):
             ranges=ranges,
             remat=remat,
             compute_dtype=policy.compute,
+            output_dtype=policy.output,
         )
 
 
@@ -83,18 +84,35 @@ def make_train_step(rt: Runtime) -> Callable[[TrainState, Batch, Frozen], tuple[
     """The step `(state, batch, frozen) -> (state, metrics)`, to be jitted with the state donated."""
 
     def step(state: TrainState, batch: Batch, frozen: Frozen) -> tuple[TrainState, Metrics]:
-        scale = current_scale(state.opt)
+        scaled, scale = find(state.opt) is not None, current_scale(state.opt)
         grads, sums = gradients(rt, state.trainable, state.auxiliary, batch, frozen, scale)
+        if scaled:
+            grads = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads)
         updates, opt = rt.tx.update(grads, state.opt, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable: Any = optax.apply_updates(state.trainable, updates)
         auxiliary = rt.compression.update(
             trainable.params, grads.params, State(trainable.compression, state.auxiliary), state.step + 1
         )
         ema = None if rt.ema is None else ema_update(state.ema, trainable, rt.ema)
-        metrics = {**sums, "grad_norm": optax.global_norm(grads) / scale, "update_norm": optax.global_norm(updates)}
-        return TrainState(trainable, opt, auxiliary, ema, state.step + 1), metrics
+        metrics = {**sums, "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+        made = TrainState(trainable, opt, auxiliary, ema, state.step + 1)
+        return skip_overflow(state, made, metrics) if scaled else (made, metrics)
 
     return step
+
+
+def skip_overflow(old: TrainState, new: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
+    """`new`, or where its gradient overflowed, `old` bit for bit but for the loss scale and the position in the data.
+
+    Metrics: "loss_scale", the factor of the next step, and "skipped", how many updates were skipped in all.
+    """
+    loss_scale = find(new.opt)
+    assert loss_scale is not None
+    guard = loss_scale.guarded
+    taken = guard.last_finite | (guard.notfinite_count > PATIENCE)
+    kept = jax.tree.map(lambda n, o: jnp.where(taken, n, o), new, old)
+    told = {"loss_scale": loss_scale.scale, "skipped": guard.total_notfinite.astype(jnp.float32)}
+    return kept._replace(opt=new.opt, step=new.step), {**metrics, **told}
 
 
 def gradients(
