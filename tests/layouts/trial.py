@@ -108,10 +108,13 @@ def make_batch(rows=ROWS, tokens=TOKENS, vocab=96, seed=0):
     return Batch(ids, np.where(weights > 0, np.roll(ids, -1, 1), 0), segments, positions, weights)
 
 
-def make_params(cfg, seed):
+SHARP = 5.0
+
+
+def make_params(cfg, seed, sharpness=SHARP):
     """Larger than at the start of training, so that attention is far from uniform and a teacher has opinions."""
     params = initialize(jax.random.key(seed), param_specs(cfg))
-    return map_with_path(lambda path, w: w if "norm" in path else w * 5, params)
+    return map_with_path(lambda path, w: w if "norm" in path else w * sharpness, params)
 
 
 def keep_gradients():
@@ -145,9 +148,9 @@ def make_runtime(mesh, feature_name):
     )
 
 
-def make_inputs(rt, mesh, rows=ROWS):
+def make_inputs(rt, mesh, rows=ROWS, sharpness=SHARP):
     """A state, a batch and the frozen arrays, all on the mesh."""
-    params = make_params(MODELS[mesh.model], 0)
+    params = make_params(MODELS[mesh.model], 0, sharpness)
     state = create_state(params, rt.specs, rt.compression, rt.tx, rt.layout, ema=False)
     frozen = Frozen()
     if rt.teacher is not None:
