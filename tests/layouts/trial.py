@@ -83,14 +83,17 @@ class Mesh:
 
 
 class Trial(NamedTuple):
-    """metrics of every step; leaves by path: first gradients, last parameters, the first auxiliary state; shard shapes; the compiled step."""
+    """metrics of every step; leaves by path: first gradients, last parameters, the first auxiliary state; shard shapes; the compiled
+    step's text and memory. Not the compiled step itself: programs for the CPU take thousands of memory maps each, and a process has 65,530.
+    """
 
     metrics: list[dict[str, float]]
     gradients: dict[str, np.ndarray]
     final: dict[str, np.ndarray]
     auxiliary: dict[str, np.ndarray]
     shards: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
-    compiled: Any
+    text: str
+    memory: Any
 
 
 def make_batch(rows=ROWS, tokens=TOKENS, vocab=96, seed=0):
@@ -179,7 +182,9 @@ def run(mesh, feature_name):
         state, values = compiled(state, batch, frozen)
         metrics.append({name: float(value) for name, value in values.items()})
         first = first if step else leaves(state.opt[0])
-    return Trial(metrics, first, leaves(state.trainable), auxiliary, shards, compiled)
+    return Trial(
+        metrics, first, leaves(state.trainable), auxiliary, shards, compiled.as_text(), compiled.memory_analysis()
+    )
 
 
 def by_path(tree):
