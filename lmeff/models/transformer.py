@@ -224,7 +224,9 @@ def forward(
     x_BTD = outer.ops.embed(embed["table"], batch.tokens).astype(compute_dtype)
     x_BTD = outer.ops.place(x_BTD, "BTD")
     layers = (params["blocks"], substate(view_state, "blocks"), _block_ranges(ranges))
-    x_BTD, records = jax.lax.scan(remat_policy(remat)(step), x_BTD, layers)
+    x_BTD, records = jax.lax.scan(
+        remat_policy(remat)(step), x_BTD, layers, unroll=int(__import__("os").environ.get("UNROLL", "1"))
+    )
     hidden_BTD = normalize(x_BTD.astype(jnp.float32), seen("final_norm"), cfg).astype(output_dtype or compute_dtype)
     head = embed["table"] if cfg.tied else seen("head")["w"]
     return Output(hidden_BTD, head, head_ranges, {**{f"blocks/{k}": v for k, v in records.items()}, **outer.close()})
