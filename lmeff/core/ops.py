@@ -5,6 +5,7 @@ quantization, packed weights, meshes or recording. `forward` receives a `MakeOps
 the scanned block), and returns what it recorded as an output of the scan: no global lists, so no leaked tracers.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -112,9 +113,33 @@ def encode_activation(x: jax.Array, axes: tuple[int, ...], format: QFormat, rang
 
 
 def plain_einsum(equation: str, x: jax.Array, w: jax.Array, *, site: str = "") -> jax.Array:
-    """A floating-point einsum with float32 accumulation, in the dtype of `x`."""
-    out = jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=jnp.float32)
-    return out.astype(x.dtype)
+    """A floating-point einsum with float32 accumulation, in the dtype of `x`; its gradients too are products of that dtype."""
+    w = w.astype(x.dtype)
+    return _wide_sum(equation, x, w) if x.dtype == jnp.float32 else _narrow_einsum(equation, x, w)
+
+
+def _wide_sum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _narrow_einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    # Left to itself, the transpose of a product with float32 sums multiplies by a float32 cotangent: a wide product, and twice the traffic.
+    return _wide_sum(equation, x, w).astype(x.dtype)
+
+
+def _narrow_forward(equation: str, x: jax.Array, w: jax.Array) -> Any:
+    return _narrow_einsum(equation, x, w), (x, w)
+
+
+def _narrow_backward(equation: str, saved: Any, g: jax.Array) -> Any:
+    x, w = saved
+    left, right, out = split_einsum(equation)
+    d_x, d_w = _wide_sum(f"{out},{right}->{left}", g, w), _wide_sum(f"{left},{out}->{right}", x, g)
+    return d_x.astype(x.dtype), d_w.astype(w.dtype)
+
+
+_narrow_einsum.defvjp(_narrow_forward, _narrow_backward)
 
 
 def contracted_axes(equation: str) -> tuple[int, ...]:
