@@ -137,8 +137,10 @@ def _run(command: Run, overrides: Sequence[str], console: Console) -> Json:
 def _train(command: Train, overrides: Sequence[str], console: Console) -> Json:
     experiment, sources = _experiment(command.config, overrides, command.devices)
     if command.stage is None and len(experiment.recipe) > 1:
-        raise UsageError(f"train: the recipe has several stages; expected --stage, one of {[s.name for s in experiment.recipe]}")
-    stage = experiment.stage(command.stage or experiment.recipe[0].name)
+        raise UsageError(
+            f"train: the recipe has several stages; expected --stage, one of {[s.name for s in experiment.recipe]}"
+        )
+    stage = experiment.stage(command.stage or next(iter(experiment.recipe)).name)
     return run(experiment, sources=sources, only=stage.name, resume=command.resume, console=console).to_json()
 
 
@@ -193,7 +195,9 @@ def _simulate(devices: int | None) -> None:
 
 def _refuse(arguments: Sequence[str], command: str) -> None:
     if arguments:
-        raise UsageError(f"lmeff {command}: unknown arguments {list(arguments)}; expected those that `lmeff {command} --help` lists")
+        raise UsageError(
+            f"lmeff {command}: unknown arguments {list(arguments)}; expected those that `lmeff {command} --help` lists"
+        )
 
 
 COMMANDS: dict[str, tuple[type, Callable[..., Json]]] = {
@@ -221,7 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     as_json = "--json" in words
     try:
         _help_on_settings(words)
-        command, overrides = tyro.cli(Command, prog="lmeff", description=DESCRIPTION, args=words, return_unknown_args=True)  # type: ignore[call-overload]
+        command, overrides = tyro.cli(
+            Command, prog="lmeff", description=DESCRIPTION, args=words, return_unknown_args=True
+        )  # type: ignore[call-overload]
         console = Console(stderr=as_json)
         handler = next(handler for kind, handler in COMMANDS.values() if isinstance(command, kind))
         answer = handler(command, overrides, console)

@@ -70,22 +70,33 @@ def _extras() -> Check:
 
 def _devices() -> Check:
     devices = jax.devices()
-    return Check("devices", True, f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {os.cpu_count()} cores")
+    return Check(
+        "devices", True, f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {os.cpu_count()} cores"
+    )
 
 
 def _compiles() -> Check:
     found = float(jax.jit(lambda x: (x @ x).sum())(jnp.ones((8, 8), jnp.float32)))
-    return Check("compiler", found == 512.0, f"an 8 x 8 product gives {found:g}", "reinstall jax and jaxlib of the same version")
+    return Check(
+        "compiler", found == 512.0, f"an 8 x 8 product gives {found:g}", "reinstall jax and jaxlib of the same version"
+    )
 
 
 def _memory() -> Check:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return Check("memory", total >= MEMORY_GIB, f"{total:.1f} GiB", f"the quickstart wants {MEMORY_GIB:g} GiB; lower train.batch")
+    return Check(
+        "memory", total >= MEMORY_GIB, f"{total:.1f} GiB", f"the quickstart wants {MEMORY_GIB:g} GiB; lower train.batch"
+    )
 
 
 def _disk() -> Check:
     free = shutil.disk_usage(Path.cwd()).free / 2**30
-    return Check("disk", free >= DISK_GIB, f"{free:.1f} GiB free here", f"the quickstart wants {DISK_GIB:g} GiB; set --runs to another disk")
+    return Check(
+        "disk",
+        free >= DISK_GIB,
+        f"{free:.1f} GiB free here",
+        f"the quickstart wants {DISK_GIB:g} GiB; set --runs to another disk",
+    )
 
 
 def _writable() -> Check:
@@ -93,7 +104,9 @@ def _writable() -> Check:
         with tempfile.TemporaryFile(dir=Path.cwd()):
             return Check("folder", True, "the current folder can be written")
     except OSError as error:
-        return Check("folder", False, f"cannot write here ({error.strerror})", "run from a folder of your own, or set --runs")
+        return Check(
+            "folder", False, f"cannot write here ({error.strerror})", "run from a folder of your own, or set --runs"
+        )
 
 
 CHECKS: tuple[Callable[[], Check], ...] = (

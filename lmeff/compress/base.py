@@ -118,6 +118,24 @@ def only(rules: Rules, compression: Compression, *, where: str = "rules") -> Com
     return compression._replace(init=init)
 
 
+def by_rule(rules: Rules, make: Callable[[Any], Compression], *, where: str = "rules") -> Compression:
+    """`make(value)` on the leaves that `rules` give this value; None leaves a leaf alone. The members may differ in `init` only."""
+    members = {value: make(value) for _, value in rules if value is not None}
+
+    def init(params: Params, specs: Tree) -> State:
+        table = resolve(rules, flatten(specs), where=where)
+        trainable: dict[str, Any] = {}
+        auxiliary: dict[str, Any] = {}
+        for value, member in members.items():
+            chosen = {path for path, own in table.items() if own == value}
+            made = member.init(select(params, chosen), select(specs, chosen))
+            trainable |= flatten(made.trainable)
+            auxiliary |= flatten(made.auxiliary)
+        return State(unflatten(trainable), unflatten(auxiliary))
+
+    return next(iter(members.values()), identity())._replace(init=init)
+
+
 def chain(*members: Compression) -> Compression:
     """Applies `members` in order: each sees the weights as those before it made them. Quantization comes last."""
     for position, member in enumerate(members[:-1]):

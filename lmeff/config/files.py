@@ -16,7 +16,17 @@ from lmeff.core.errors import CheckpointError, ConfigError
 FILE = "config.json"
 
 # Settings that may change between a run and its continuation: they change where or how often, never what.
-FREE = ("name", "runs", "mesh.", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep", "evaluate.", "claims.")
+FREE = (
+    "name",
+    "runs",
+    "mesh.",
+    "train.log_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "evaluate.",
+    "claims.",
+)
 
 
 def load_experiment(path: Path) -> Experiment:
@@ -32,13 +42,17 @@ def load_experiment(path: Path) -> Experiment:
         spec.loader.exec_module(module)
         make = getattr(module, "experiment", None)
         if make is None:
-            raise ConfigError(f"{path}: defines no function experiment(); expected one that returns lmeff.config.Experiment")
+            raise ConfigError(
+                f"{path}: defines no function experiment(); expected one that returns lmeff.config.Experiment"
+            )
         made = make()
     except ConfigError:
         raise
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        raise ConfigError(f"{path}: {type(error).__name__}: {error} (line {where.lineno} of {where.filename})") from error
+        raise ConfigError(
+            f"{path}: {type(error).__name__}: {error} (line {where.lineno} of {where.filename})"
+        ) from error
     if not isinstance(made, Experiment):
         raise ConfigError(f"{path}: experiment() gave a {type(made).__name__}, expected an lmeff.config.Experiment")
     return made
@@ -80,12 +94,18 @@ def read(directory: Path) -> Experiment:
     """The config of a run."""
     file = directory / FILE
     if not file.is_file():
-        raise CheckpointError(f"{directory}: holds no run ({FILE} is missing); expected a folder that `lmeff run` or `lmeff train` made")
+        raise CheckpointError(
+            f"{directory}: holds no run ({FILE} is missing); expected a folder that `lmeff run` or `lmeff train` made"
+        )
     try:
         return _converter().structure(json.loads(file.read_text(encoding="utf-8")), Experiment)
     except (json.JSONDecodeError, cattrs.BaseValidationError) as error:
-        reason = "; ".join(cattrs.transform_error(error)) if isinstance(error, cattrs.BaseValidationError) else str(error)
-        raise CheckpointError(f"{file}: is not a config of this version of lmeff ({reason}); expected what the run wrote") from error
+        reason = (
+            "; ".join(cattrs.transform_error(error)) if isinstance(error, cattrs.BaseValidationError) else str(error)
+        )
+        raise CheckpointError(
+            f"{file}: is not a config of this version of lmeff ({reason}); expected what the run wrote"
+        ) from error
 
 
 def check_resume(experiment: Experiment, directory: Path) -> None:

@@ -122,8 +122,8 @@ class Experiment:
     mesh: MeshPlan = MeshPlan()  # noqa: RUF009
     optim: OptimConfig = OptimConfig()  # noqa: RUF009
     train: TrainConfig = TrainConfig()  # noqa: RUF009
-    evaluate: EvaluateConfig = EvaluateConfig()  # noqa: RUF009
-    recipe: tuple[Stage, ...] = (Stage(name="model"),)  # noqa: RUF009
+    evaluate: EvaluateConfig = EvaluateConfig()
+    recipe: tuple[Stage, ...] = (Stage(name="model"),)
     claims: tuple[Claim, ...] = ()
 
     @property

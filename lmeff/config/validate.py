@@ -58,7 +58,9 @@ def _check_batches(experiment: Experiment, degrees: Mapping[str, int]) -> None:
             f"{ways} x {train.accumulate}; every device takes equally many rows in every microbatch"
         )
     if experiment.evaluate.batch % ways:
-        raise ConfigError(f"evaluate.batch: got {experiment.evaluate.batch} rows, expected a multiple of mesh.data x mesh.fsdp = {ways}")
+        raise ConfigError(
+            f"evaluate.batch: got {experiment.evaluate.batch} rows, expected a multiple of mesh.data x mesh.fsdp = {ways}"
+        )
 
 
 def _check_stage_names(stage: Stage, seen: Mapping[str, ModelConfig], where: str) -> None:
@@ -67,7 +69,9 @@ def _check_stage_names(stage: Stage, seen: Mapping[str, ModelConfig], where: str
         raise ConfigError(f"{where}.name: '{stage.name}' is used twice, expected a name of its own for every stage")
     for parent in stage.parents:
         if parent not in seen:
-            raise ConfigError(f"{where} '{stage.name}': reads artifact '{parent}', expected the name of an earlier stage, one of {list(seen)}")
+            raise ConfigError(
+                f"{where} '{stage.name}': reads artifact '{parent}', expected the name of an earlier stage, one of {list(seen)}"
+            )
     if stage.start is not None and stage.model is not None:
         raise ConfigError(
             f"{where} '{stage.name}': sets both start and model; a stage that begins from '{stage.start}' has its shape. Drop one of them."
@@ -84,7 +88,9 @@ def _check_shape(experiment: Experiment, stage: Stage, cfg: ModelConfig, degrees
         )
     problems = indivisible(param_specs(cfg), degrees)
     if problems:
-        raise ConfigError(f"{where}: the mesh cannot cut {' and '.join(problems)} evenly; expected divisors. Change the degree or the model's size.")
+        raise ConfigError(
+            f"{where}: the mesh cannot cut {' and '.join(problems)} evenly; expected divisors. Change the degree or the model's size."
+        )
 
 
 def _check_stage(
@@ -109,11 +115,15 @@ def _check_stage(
                 f"{where}.distill: teacher '{stage.distill.teacher}' has a vocabulary of {teacher.vocab}, the student {cfg.vocab}; expected the same"
             )
         if steps == 0:
-            raise ConfigError(f"{where}.distill: the stage trains for 0 steps; expected steps to learn from the teacher in, or no distill")
+            raise ConfigError(
+                f"{where}.distill: the stage trains for 0 steps; expected steps to learn from the teacher in, or no distill"
+            )
 
 
 def _check_claims(experiment: Experiment, seen: Mapping[str, ModelConfig]) -> None:
     for position, claim in enumerate(experiment.claims):
         for name in (claim.artifact, claim.of):
             if name not in seen:
-                raise ConfigError(f"claims[{position}]: got artifact '{name}', expected the name of a stage, one of {list(seen)}")
+                raise ConfigError(
+                    f"claims[{position}]: got artifact '{name}', expected the name of a stage, one of {list(seen)}"
+                )

@@ -134,8 +134,8 @@ def expand(scale: jax.Array, format: QFormat, axes: tuple[int, ...], shape: tupl
     return jax.lax.slice_in_dim(repeated, 0, size, axis=len(shape) + axis)
 
 
-def _reduce(fn: Any, w: jax.Array, format: QFormat, axes: tuple[int, ...]) -> jax.Array:
-    """`fn` (max or min) over all numbers that share a scale, keeping dims."""
+def reduce_shared(fn: Any, w: jax.Array, format: QFormat, axes: tuple[int, ...]) -> jax.Array:
+    """`fn` (max, min or sum) over all numbers that share a scale, in the shape of the scale; padding is 0."""
     if format.granularity != "group":
         return fn(w, axis=axes, keepdims=True)
     axis = axes[-1]  # the last contracted dim is the one cut into groups
@@ -143,22 +143,32 @@ def _reduce(fn: Any, w: jax.Array, format: QFormat, axes: tuple[int, ...]) -> ja
     return fn(_pad_to_groups(w, axis, format.group), axis=w.ndim + axis + 1)
 
 
+def _short(scale: jax.Array) -> jax.Array:
+    """A float32 scale cut (towards zero) to 16 significant bits.
+
+    A step of at most 8 bits times such a scale is exact in float32, so min-max of quantized weights finds their own scale again: quantizing twice
+    is quantizing once. Cutting down and not to nearest lets the largest value still reach the end of the grid.
+    """
+    bits = jax.lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.uint32)
+    return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFFFF00), jnp.float32)
+
+
 def scale_from_range(low: jax.Array, high: jax.Array, format: QFormat) -> tuple[jax.Array, jax.Array | None]:
     """Scale and zero point that cover [low, high]. The range is widened to hold 0, so that 0 is exact; an empty range has scale 1."""
     if format.symmetric:
-        scale = jnp.maximum(jnp.abs(low), jnp.abs(high)) / format.qmax
+        scale = _short(jnp.maximum(jnp.abs(low), jnp.abs(high)) / format.qmax)
         return jnp.where(scale == 0, 1.0, scale), None
     low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
-    scale = (high - low) / (format.qmax - format.qmin)
+    scale = _short((high - low) / (format.qmax - format.qmin))
     scale = jnp.where(scale == 0, 1.0, scale)
-    zero = jnp.clip(jnp.round(format.qmin - low / scale), format.qmin, format.qmax).astype(jnp.int32)
+    zero = jnp.clip(format.qmin - jnp.round(low / scale), format.qmin, format.qmax).astype(jnp.int32)
     return scale, zero
 
 
 def find_scale(w: jax.Array, format: QFormat, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array | None]:
     """Min-max scale (float32) and zero point of `w`; `axes` are the negative axes that share a scale."""
     w = w.astype(jnp.float32)
-    return scale_from_range(_reduce(jnp.min, w, format, axes), _reduce(jnp.max, w, format, axes), format)
+    return scale_from_range(reduce_shared(jnp.min, w, format, axes), reduce_shared(jnp.max, w, format, axes), format)
 
 
 def encode(w: jax.Array, scale: jax.Array, zero: jax.Array | None, format: QFormat, axes: tuple[int, ...]) -> jax.Array:
@@ -216,7 +226,7 @@ def _fake_quantize_backward(format: QFormat, axes: tuple[int, ...], saved: Any, 
     inside = (rounded >= format.qmin) & (rounded <= format.qmax)
     clipped = jnp.clip(rounded, format.qmin, format.qmax) - shift
     by_scale = jnp.where(inside, jnp.round(steps) - steps, clipped) * g.astype(jnp.float32)
-    g_scale = _reduce(jnp.sum, by_scale, format, axes)
+    g_scale = reduce_shared(jnp.sum, by_scale, format, axes)
     g_scale = g_scale * jax.lax.rsqrt(jnp.float32(w.size / g_scale.size * format.qmax))
     g_zero = None if zero is None else jnp.zeros(zero.shape, jax.dtypes.float0)
     return (jnp.where(inside, g, 0).astype(w.dtype), g_scale, g_zero)

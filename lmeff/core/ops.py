@@ -113,33 +113,29 @@ def encode_activation(x: jax.Array, axes: tuple[int, ...], format: QFormat, rang
 
 
 def plain_einsum(equation: str, x: jax.Array, w: jax.Array, *, site: str = "") -> jax.Array:
-    """A floating-point einsum with float32 accumulation, in the dtype of `x`; its gradients too are products of that dtype."""
-    w = w.astype(x.dtype)
-    return _wide_sum(equation, x, w) if x.dtype == jnp.float32 else _narrow_einsum(equation, x, w)
-
-
-def _wide_sum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32)
+    """A floating-point einsum with float32 accumulation, in the dtype of `x`; differentiable in reverse mode only."""
+    # A gradient may vary over mesh axes that only the other operand varies over: zeros of each make their types alike first.
+    x, w = (a + jnp.where(False, b.ravel()[0], 0).astype(a.dtype) for a, b in ((x, w), (w, x)))
+    return _product(equation, x, w.astype(x.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _narrow_einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    # Left to itself, the transpose of a product with float32 sums multiplies by a float32 cotangent: a wide product, and twice the traffic.
-    return _wide_sum(equation, x, w).astype(x.dtype)
+def _product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    out = jnp.einsum(equation, x, w, preferred_element_type=jnp.float32)
+    return out.astype(x.dtype)
 
 
-def _narrow_forward(equation: str, x: jax.Array, w: jax.Array) -> Any:
-    return _narrow_einsum(equation, x, w), (x, w)
+def _product_gradients(equation: str, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both gradients as einsums in their own letters.
 
-
-def _narrow_backward(equation: str, saved: Any, g: jax.Array) -> Any:
+    Automatic differentiation gives the weight's transposed, which XLA's CPU backend mends by transposing the activations: 1.3x the time of an ffn.
+    """
     x, w = saved
     left, right, out = split_einsum(equation)
-    d_x, d_w = _wide_sum(f"{out},{right}->{left}", g, w), _wide_sum(f"{left},{out}->{right}", x, g)
-    return d_x.astype(x.dtype), d_w.astype(w.dtype)
+    return _product(f"{out},{right}->{left}", g, w), _product(f"{left},{out}->{right}", x, g)
 
 
-_narrow_einsum.defvjp(_narrow_forward, _narrow_backward)
+_product.defvjp(lambda equation, x, w: (_product(equation, x, w), (x, w)), _product_gradients)
 
 
 def contracted_axes(equation: str) -> tuple[int, ...]:

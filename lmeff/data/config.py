@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lmeff.core.errors import ConfigError
 from lmeff.data.sources import SOURCES
-from lmeff.data.storage import is_remote, kind_of
+from lmeff.data.storage import kind_of
 from lmeff.data.tokenizer import SPECIALS, TOKENIZERS
 
 BPE_SMALLEST = 256 + len(SPECIALS)
@@ -16,10 +16,12 @@ BPE_SMALLEST = 256 + len(SPECIALS)
 class Part:
     """One named source of a mixture.
 
-    name:   names the part's files and rows of reports: letters, digits, '-' and '_'.
-    source: a row of `SOURCES`; with a path and the default source, the files' endings choose.
-    path:   files, folders or URLs; for "hf" a dataset (and, second, its configuration) or a folder.
-    weight: share of the training rows, relative to the other parts.
+    Attributes:
+        name: names the part in files and messages: letters, digits, - and _.
+        source: a row of `SOURCES`; with a path and the default source, the files' endings choose.
+        path: files, folders or URLs; for "hf" a dataset (and, second, its configuration) or a folder.
+        text_field: the field that holds the text, for jsonl, parquet and hf.
+        weight: share of the training rows, relative to the other parts.
     """
 
     name: str
@@ -44,13 +46,18 @@ class Part:
 class DataConfig:
     """The text, its tokens, and the rows made of them.
 
-    source, path, text_field: one source, as in `Part`; or `mixture`, several with weights.
-    tokenizer:  "bytes" (no dependency) or "bpe" (byte-level, trained on the training split; needs the extra 'text').
-    bpe_vocab:  the vocabulary of "bpe", special tokens among it.
-    sequence:   tokens a row.
-    text_field: the field that holds the text, for jsonl, parquet and hf.
-    max_bytes:  reads no more UTF-8 bytes of text than this; documents above 1/32 of it are then left out.
-    validation, test: the shares of documents held out, drawn by a stable hash.
+    Attributes:
+        source: where the text comes from: embedded (Python's standard library, on every machine), text, jsonl, parquet, array_record or hf; with a
+            path and the default source, the files' endings choose.
+        path: files, folders or URLs of your own; for "hf" a dataset (and, second, its configuration) or a folder.
+        tokenizer: "bytes" (no dependency), or "bpe" (byte-level, trained on the first 4 MB of the training split; needs the extra text).
+        bpe_vocab: the vocabulary of "bpe", three special tokens among it.
+        sequence: tokens a row.
+        text_field: the field that holds the text, for jsonl, parquet and hf.
+        mixture: several sources with weights, in place of source and path.
+        max_bytes: read no more UTF-8 bytes than this; documents above 1/32 of it (and a page) are then left out.
+        validation: share of the documents held out for validation, drawn by a stable hash.
+        test: share of the documents held out for the report, drawn by the same hash.
     """
 
     source: str = "embedded"
@@ -90,11 +97,6 @@ class DataConfig:
             return self.mixture
         return (Part(name="text", source=self.source, path=self.path, text_field=self.text_field),)
 
-    @property
-    def pad(self) -> int:
-        """The id that fills rows."""
-        return TOKENIZERS[self.tokenizer].pad
-
 
 def vocab_size(config: DataConfig) -> int:
     """Ids are below this; known before any text is read, so that a model can be checked against it."""
@@ -128,8 +130,3 @@ def _check_mixture(config: DataConfig) -> None:
     names = [part.name for part in config.mixture]
     if len(set(names)) < len(names):
         raise ConfigError(f"data.mixture: got parts named {names}, expected each name once")
-
-
-def remote_paths(config: DataConfig) -> tuple[str, ...]:
-    """The paths that are URLs, and so need the extra 'remote'."""
-    return tuple(path for part in config.parts for path in part.path if is_remote(path))

@@ -1,6 +1,5 @@
 """Batches as a pure function of (seed, step): the whole state of the data is the step, whatever the number of hosts."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ import numpy as np
 from lmeff.core.batch import Batch
 from lmeff.core.errors import ConfigError, DataError
 from lmeff.data import packing
-from lmeff.data.config import DataConfig, vocab_size
-from lmeff.data.shards import Shard, Store, building, open_store, write
+from lmeff.data.config import DataConfig, Part, vocab_size
+from lmeff.data.prepare import Count, byte_length, encode, read, write
+from lmeff.data.shards import SPLITS, Shard, Store, building, open_store, seal
 from lmeff.data.sources import share
 from lmeff.data.tokenizer import Tokenizer
 
@@ -22,12 +22,12 @@ THREADS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 Place = tuple[int, int]  # part, and row among the rows of that part
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
     """One split. `batch` and `batches` draw shuffled rows without end, `evaluation` passes once over all documents in order.
 
-    document_bytes: int64 [documents], the UTF-8 bytes of each document.
-    document_part:  int64 [documents], the part of the mixture each document is of.
+    document_bytes:  int64 [documents], the UTF-8 bytes of each document.
+    document_part:   int64 [documents], the part of the mixture it is of.
     """
 
     shards: tuple[Shard, ...]
@@ -58,7 +58,12 @@ class Dataset:
     @property
     def tokens(self) -> int:
         """Predicted tokens of one epoch."""
-        return sum(int(rows.pieces.length.sum()) for rows in self.rows)
+        return int(self.document_tokens.sum())
+
+    @property
+    def document_tokens(self) -> np.ndarray:
+        """Predicted tokens of each document, int64 [documents]: all but bos."""
+        return np.concatenate([np.diff(shard.starts) - 1 for shard in self.shards])
 
     @property
     def fill(self) -> float:
@@ -78,7 +83,7 @@ class Dataset:
         return laid, document_BT
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Corpus:
     """The three splits and their tokenizer."""
 
@@ -91,23 +96,19 @@ class Corpus:
 
     def describe(self) -> str:
         """One line: where the text is from, how much there is, and how it became tokens and rows."""
-        parts = self.manifest["parts"]
-        origin = "; ".join(
-            f"{name + ': ' if len(parts) > 1 else ''}{part['from']}, {part['documents']:,} documents, {_size(part['bytes'])}{_left_out(part)}"
-            for name, part in parts.items()
-        )
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
         tokens = {name: split.tokens for name, split in splits.items()}
         counts = ", ".join(f"{name} {count:,}" for name, count in tokens.items())
-        rate = sum(part["bytes"] for part in parts.values()) / sum(tokens.values())
+        rate = sum(part["bytes"] for part in self.manifest["parts"].values()) / sum(tokens.values())
         used = getattr(self.tokenizer, "used", self.vocab)
         vocab = f"{self.vocab}" if used == self.vocab else f"{self.vocab} ({used} in use)"
-        return f"{origin}; vocab {vocab}; tokens {counts}; {rate:.2f} bytes/token; fill {100 * self.train.fill:.1f}%"
+        fill = f"fill {100 * self.train.fill:.1f}%"
+        return f"{_origin(self.manifest)}; vocab {vocab}; tokens {counts}; {rate:.2f} bytes/token; {fill}"
 
     @property
     def digest(self) -> str:
-        """The same where tokens, documents and tokenizer are the same: for hosts to compare."""
-        return "".join(f"{share(str(sorted((n, f['sha256']) for n, f in self.manifest['files'].items()))).hex()}")
+        """The same where tokens, documents and tokenizer are the same, for hosts to compare."""
+        return seal(self.manifest["files"])
 
 
 def build(
@@ -130,72 +131,97 @@ def build(
         )
     each = batch // process_count
     host = slice(each * process_index, each * (process_index + 1))
-    if not directory.exists() or not any(directory.iterdir()):
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         with building(directory) as folder:
             write(config, folder)
             _corpus(config, open_store(config, folder), seed, batch, host)
     return _corpus(config, open_store(config, directory), seed, batch, host)
 
 
+def read_text(path: Sequence[str], corpus: Corpus, text_field: str = "text") -> Dataset:
+    """Other text to measure on, with the tokenizer and rows of `corpus`: all of its documents, in memory; nothing is written."""
+    if not path:
+        raise DataError("text: got no path, expected files, folders or URLs")
+    part = Part(name="text", path=tuple(path), text_field=text_field)
+    found = [(ids, byte_length(doc)) for doc, ids in encode(read(part, None, Count()), corpus.tokenizer)]
+    if not found:
+        raise DataError(f"text: {', '.join(path)} holds no text but blanks, expected at least one document")
+    starts = np.cumsum([0, *(len(ids) for ids, _ in found)])
+    shard = Shard(np.concatenate([ids for ids, _ in found]), starts, np.array([size for _, size in found]))
+    return _dataset((part,), (shard,), corpus.train.sequence, corpus.tokenizer.pad, "text", 0, 1, slice(0, 1))
+
+
 def _corpus(config: DataConfig, store: Store, seed: int, batch: int, host: slice) -> Corpus:
-    train, validation, test = (
-        _dataset(config, store, split, seed, batch, host) for split in ("train", "validation", "test")
-    )
-    return Corpus(
-        train=train,
-        validation=validation,
-        test=test,
-        tokenizer=store.tokenizer,
-        vocab=vocab_size(config),
-        manifest=store.manifest,
+    pad = store.tokenizer.pad
+    splits = {}
+    for split in SPLITS:
+        shards = tuple(store.shards[part.name][split] for part in config.parts)
+        for part, shard in zip(config.parts, shards):
+            if not len(shard.sizes):
+                raise DataError(
+                    _too_little(config, store, f"none of part '{part.name}' falls into the split '{split}'", 1)
+                )
+        splits[split] = _dataset(config.parts, shards, config.sequence, pad, split, seed, batch, host)
+    count = sum(len(rows) for rows in splits["train"].rows)
+    if count < batch:
+        raise DataError(
+            _too_little(config, store, f"the training split fills {count} rows of {config.sequence} tokens", batch)
+        )
+    return Corpus(**splits, tokenizer=store.tokenizer, vocab=vocab_size(config), manifest=store.manifest)
+
+
+def _too_little(config: DataConfig, store: Store, found: str, needed: int) -> str:
+    return (
+        f"data: too little text ({_origin(store.manifest)}): {found}, expected at least {needed}. Add text, raise data.max_bytes, data.validation or "
+        "data.test, or lower train.batch or data.sequence."
     )
 
 
-def _dataset(config: DataConfig, store: Store, split: str, seed: int, batch: int, host: slice) -> Dataset:
-    shards = tuple(store.shards[part.name][split] for part in config.parts)
-    rows = tuple(packing.pack_dense(packing.cut(shard.starts, config.sequence), config.sequence) for shard in shards)
-    for part, shard, packed in zip(config.parts, shards, rows):
-        _refuse_too_little(config, store, part.name, split, len(shard.sizes), len(packed), batch)
+def _dataset(
+    parts: tuple[Part, ...],
+    shards: tuple[Shard, ...],
+    sequence: int,
+    pad: int,
+    split: str,
+    seed: int,
+    batch: int,
+    host: slice,
+) -> Dataset:
+    rows = tuple(packing.pack_dense(packing.cut(shard.starts, sequence), sequence) for shard in shards)
     return Dataset(
         shards=shards,
         rows=rows,
-        drawn=_draw(config, rows, split, seed).batch(batch, batch_fn=list),
-        sequence=config.sequence,
-        pad=config.pad,
+        drawn=_draw(parts, rows, split, seed).batch(batch, batch_fn=list),
+        sequence=sequence,
+        pad=pad,
         host=host,
         document_bytes=np.concatenate([shard.sizes for shard in shards]),
         document_part=np.repeat(np.arange(len(shards)), [len(shard.sizes) for shard in shards]),
     )
 
 
-def _draw(config: DataConfig, rows: tuple[packing.Rows, ...], split: str, seed: int) -> Any:
-    """The endless sequence of rows: every part shuffled anew each epoch, parts interleaved by weight."""
+def _draw(parts: tuple[Part, ...], rows: tuple[packing.Rows, ...], split: str, seed: int) -> Any:
+    """The endless sequence of places: every part's rows shuffled anew each epoch, parts interleaved by weight."""
     drawn = []
-    for index, (part, packed) in enumerate(zip(config.parts, rows)):
+    for index, (part, packed) in enumerate(zip(parts, rows)):
         # grain seeds epoch e with seed + e: a hash keeps neighbouring seeds, splits and parts apart.
         own = int(share(f"{seed}/{split}/{part.name}") * 2**32)
         shuffled = grain.MapDataset.range(len(packed)).shuffle(seed=own).repeat()
         drawn.append(shuffled.map(lambda row, index=index: (index, int(row))))
-    return drawn[0] if len(drawn) == 1 else grain.MapDataset.mix(drawn, [part.weight for part in config.parts])
+    return drawn[0] if len(drawn) == 1 else grain.MapDataset.mix(drawn, [part.weight for part in parts])
 
 
-def _refuse_too_little(
-    config: DataConfig, store: Store, part: str, split: str, documents: int, rows: int, batch: int
-) -> None:
-    where = f"data, part '{part}'" if len(config.parts) > 1 else "data"
-    counted = store.manifest["parts"][part]
-    found = f"{counted['documents']} documents, {_size(counted['bytes'])}{_left_out(counted)}"
-    needed = math.ceil(batch / len(config.parts)) if split == "train" else 1
-    if documents == 0 or rows < needed:
-        raise DataError(
-            f"{where}: too little text: {found} from {counted['from']}, of which the split '{split}' got {documents} documents in {rows} rows of "
-            f"{config.sequence} tokens; expected at least {needed} rows. Add text, raise data.max_bytes, or lower train.batch or data.sequence; for a "
-            "held-out split raise data.validation or data.test."
-        )
+def _origin(manifest: dict[str, Any]) -> str:
+    parts = manifest["parts"]
+    named = {name: f"{name}: " if len(parts) > 1 else "" for name in parts}
+    return "; ".join(
+        f"{named[name]}{part['from']}, {part['documents']:,} documents, {_size(part['bytes'])}{_left_out(part)}"
+        for name, part in parts.items()
+    )
 
 
-def _left_out(counted: dict[str, Any]) -> str:
-    return f" (capped; {counted['left_out']} too large for the cap)" if counted["left_out"] or counted["capped"] else ""
+def _left_out(part: dict[str, Any]) -> str:
+    return f" (capped; {part['left_out']} too large for the cap)" if part["left_out"] or part["capped"] else ""
 
 
 def _size(count: int) -> str:

@@ -15,24 +15,19 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lmeff.core.errors import DataError
-from lmeff.data.config import DataConfig, Part, vocab_size
-from lmeff.data.sources import Document, documents, provenance, share
-from lmeff.data.tokenizer import ByteTokenizer, Tokenizer, load_bpe, train_bpe
+from lmeff.data.config import DataConfig, vocab_size
+from lmeff.data.tokenizer import ByteTokenizer, Tokenizer, load_bpe
 
 FORMAT = 1
 SPLITS = ("train", "validation", "test")
-BPE_SAMPLE = 4 << 20  # bytes of training text that BPE merges are learned from
-LARGEST_SHARE = 32  # under a cap, no document takes more than this fraction of it
-GROUP = 1 << 20  # characters encoded at a time
 STALE = 24 * 3600  # seconds after which a build that was cut off is cleared away
 
 
@@ -52,147 +47,6 @@ class Store(NamedTuple):
     manifest: dict[str, Any]
 
 
-# Building.
-
-
-@dataclass
-class Count:
-    """What reading a part came to; documents left out are too large for the cap."""
-
-    documents: int = 0
-    bytes: int = 0
-    left_out: int = 0
-    capped: bool = False
-
-
-def read(part: Part, limit: int | None, count: Count) -> Iterator[Document]:
-    """The documents of a part up to `limit` bytes, blank ones passed over; `count` is filled on the way."""
-    for document in documents(part.source, part.path, part.text_field):
-        if not document.text.strip():
-            continue
-        size = byte_length(document)
-        if limit is not None and size > max(limit // LARGEST_SHARE, 1):
-            count.left_out += 1
-            continue
-        if limit is not None and count.bytes + size > limit:
-            count.capped = True
-            return
-        count.documents += 1
-        count.bytes += size
-        yield document
-
-
-def byte_length(document: Document) -> int:
-    """UTF-8 bytes of a document."""
-    try:
-        return len(document.text.encode())
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{document.key}: has the lone surrogate {document.text[error.start]!r} at character {error.start}, which is no text; expected Unicode. "
-            "Repair or remove that document."
-        ) from error
-
-
-def split_of(document: Document, part: Part, config: DataConfig) -> str:
-    """The split of a document, by a stable hash: of its path for the embedded text, of the text itself for all others, so that equal documents
-    are never in two splits."""
-    by_path = part.source == "embedded" and not part.path
-    number = share("split:" + (document.key if by_path else document.text))
-    if number < config.test:
-        return "test"
-    return "validation" if number < config.test + config.validation else "train"
-
-
-def limits(config: DataConfig) -> dict[str, int | None]:
-    """The cap in bytes of every part: `max_bytes` by weight."""
-    total = sum(part.weight for part in config.parts)
-    return {
-        part.name: None if config.max_bytes is None else int(config.max_bytes * part.weight / total)
-        for part in config.parts
-    }
-
-
-def make_tokenizer(config: DataConfig) -> Tokenizer:
-    """The tokenizer, trained where it has to be: on the first `BPE_SAMPLE` bytes of the training split, a share of them from each part."""
-    return ByteTokenizer() if config.tokenizer == "bytes" else train_bpe(_sample(config), config.bpe_vocab)
-
-
-def _sample(config: DataConfig) -> Iterator[str]:
-    total = sum(part.weight for part in config.parts)
-    for part in config.parts:
-        wanted = BPE_SAMPLE * part.weight / total
-        for document in read(part, limits(config)[part.name], Count()):
-            if split_of(document, part, config) == "train":
-                yield document.text
-                wanted -= len(document.text.encode())
-            if wanted <= 0:
-                break
-
-
-@dataclass
-class Writer:
-    """Appends documents to one shard."""
-
-    file: BinaryIO
-    dtype: str
-    rows: list[tuple[int, int]]
-
-    def append(self, tokens: np.ndarray, size: int) -> None:
-        """One document: its ids with bos and eos, and its UTF-8 bytes."""
-        self.file.write(tokens.astype(self.dtype).tobytes())
-        self.rows.append((len(tokens), size))
-
-
-def write(config: DataConfig, folder: Path) -> None:
-    """Reads, splits, tokenizes and writes everything into `folder`, an empty one."""
-    tokenizer = make_tokenizer(config)
-    if config.tokenizer == "bpe":
-        tokenizer.inner.save(str(folder / "tokenizer.json"))  # type: ignore[attr-defined]
-    counts = {part.name: _write_part(part, config, tokenizer, folder) for part in config.parts}
-    files = {path.name: digest(path) for path in sorted(folder.iterdir())}
-    body = {
-        "format": FORMAT,
-        "config": describe(config),
-        "dtype": dtype(config),
-        "files": files,
-        "parts": {
-            part.name: {"from": provenance(part.source, part.path), **dataclasses.asdict(counts[part.name])}
-            for part in config.parts
-        },
-    }
-    (folder / "manifest.json").write_text(json.dumps({**body, "sha256": seal(body)}, indent=1) + "\n", encoding="utf-8")
-
-
-def _write_part(part: Part, config: DataConfig, tokenizer: Tokenizer, folder: Path) -> Count:
-    count = Count()
-    files = [open(folder / f"{part.name}.{split}.tokens", "wb") for split in SPLITS]  # noqa: SIM115
-    try:
-        writers = {split: Writer(file, dtype(config), []) for split, file in zip(SPLITS, files)}
-        for group in _groups(read(part, limits(config)[part.name], count)):
-            for document, ids in zip(group, tokenizer.encode_batch([document.text for document in group])):
-                whole = np.concatenate([[tokenizer.bos], ids, [tokenizer.eos]])
-                writers[split_of(document, part, config)].append(whole, len(document.text.encode()))
-    finally:
-        for file in files:
-            file.close()
-    for split, writer in writers.items():
-        table = np.array(writer.rows, dtype="<i8").reshape(-1, 2)
-        (folder / f"{part.name}.{split}.documents").write_bytes(table.tobytes())
-    return count
-
-
-def _groups(found: Iterable[Document]) -> Iterator[list[Document]]:
-    group, length = [], 0
-    for document in found:
-        group.append(document)
-        length += len(document.text)
-        if length >= GROUP:
-            yield group
-            group, length = [], 0
-    if group:
-        yield group
-
-
 def dtype(config: DataConfig) -> str:
     """How ids are stored."""
     return "<u2" if vocab_size(config) <= 1 << 16 else "<u4"
@@ -204,17 +58,21 @@ def building(directory: Path) -> Iterator[Path]:
     publish first: then its folder stays, and this one is removed."""
     missing = [parent for parent in directory.absolute().parents if not parent.exists()]
     folder = directory.with_name(f".{directory.name}.building-{uuid.uuid4().hex[:12]}")
-    folder.mkdir(parents=True)
     published = False
     try:
+        folder.mkdir(parents=True)
         _clear_stale(directory)
         yield folder
         _publish(folder, directory)
         published = True
+    except OSError as error:
+        raise DataError(
+            f"{directory}: cannot be written ({error}), expected room and permission; choose another place"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in () if published else missing:
-            if not any(parent.iterdir()):
+            if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
 
 
@@ -232,10 +90,7 @@ def _clear_stale(directory: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-# Reading back.
-
-
-def describe(config: DataConfig) -> dict[str, Any]:
+def identity(config: DataConfig) -> dict[str, Any]:
     """What the tokens depend on: the config without the length of rows, which is chosen when they are packed."""
     found = dataclasses.asdict(config)
     kept = {
@@ -300,7 +155,7 @@ def _manifest(directory: Path) -> dict[str, Any]:
 def _refuse_other_config(manifest: dict[str, Any], config: DataConfig, directory: Path) -> None:
     if manifest["format"] != FORMAT:
         raise DataError(f"{directory}: has format {manifest['format']}, expected {FORMAT}; delete it to build it again")
-    got, expected = manifest["config"], describe(config)
+    got, expected = manifest["config"], identity(config)
     differ = [
         f"{name} {got.get(name)!r} (expected {value!r})" for name, value in expected.items() if got.get(name) != value
     ]

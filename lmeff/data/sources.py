@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from lmeff.core.errors import DataError
 from lmeff.core.extras import require
-from lmeff.data.storage import ENDINGS, File, filesystem, find, is_remote, kind_of, opened
+from lmeff.data.storage import ENDINGS, File, fetch, find, is_remote, kind_of, opened
 
 # Vendored code, tests, and tables written by programs rather than people.
 LEFT_OUT = frozenset(
@@ -22,7 +22,8 @@ LEFT_OUT = frozenset(
 )
 WHOLE_FILES = 100  # from this many text files on, a file is a document; fewer are cut into documents
 CUT_LONGEST, CUT_SHORTEST, CUT_DOCUMENTS = 4000, 500, 200
-BLOCK = 1 << 20
+BLOCK = 1 << 20  # bytes of text read at a time
+RECORDS = 1024  # ArrayRecords read at a time
 
 
 class Document(NamedTuple):
@@ -60,8 +61,12 @@ def embedded(path: tuple[str, ...], text_field: str) -> Iterator[Document]:
             f"data.source 'embedded': {root} holds {len(files)} .py files of Python's standard library, expected hundreds; this Python came without "
             "its sources. Set data.path to text of your own, or use a Python that has them."
         )
-    for file in sorted(files, key=lambda file: share(file.name)):
-        yield Document(file.name, _topics() if file.name == "pydoc_data/topics.py" else _python_source(file))
+    held: dict[str, File | str] = {file.name: file for file in files}
+    if held.pop("pydoc_data/topics.py", None):
+        held |= _topics()
+    for key in sorted(held, key=share):
+        found = held[key]
+        yield Document(key, found if isinstance(found, str) else _python_source(found))
 
 
 def _python_source(file: File) -> str:
@@ -74,10 +79,14 @@ def _python_source(file: File) -> str:
         ) from error
 
 
-def _topics() -> str:
-    # One document, not one for each topic: the topics quote each other at length.
-    topics = importlib.import_module("pydoc_data.topics").topics
-    return "\n\n".join(topics[name].strip("\n") for name in sorted(topics)) + "\n"
+def _topics() -> dict[str, str]:
+    """The topics of `help()`. They quote each other at length: each paragraph is kept once, so that no split holds what another trains on."""
+    topics, seen, kept = importlib.import_module("pydoc_data.topics").topics, set(), {}
+    for name in sorted(topics):
+        fresh = [paragraph for paragraph in topics[name].strip("\n").split("\n\n") if paragraph not in seen]
+        seen.update(fresh)
+        kept[f"pydoc_data/topics/{name}"] = "\n\n".join(fresh)
+    return kept
 
 
 def text(path: tuple[str, ...], text_field: str) -> Iterator[Document]:
@@ -105,7 +114,7 @@ def _decoded(file: File) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 raise DataError(
                     f"{file.path}: byte {at - pending + error.start} is no UTF-8 ({error.reason}), expected UTF-8 text; convert the file, for "
-                    f"example with 'iconv -f latin1 -t utf8', or leave it out of data.path"
+                    f"example with 'iconv -f latin1 -t utf8', or leave it out"
                 ) from error
             at += len(block)
             if not block:
@@ -139,7 +148,7 @@ def jsonl(path: tuple[str, ...], text_field: str) -> Iterator[Document]:
 
 def _json_text(where: str, line: bytes, text_field: str) -> str:
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode("utf-8-sig"))
     except ValueError as error:
         raise DataError(
             f"{where}: got {line[:60]!r}, which is no JSON ({error}); expected one JSON object a line"
@@ -181,9 +190,9 @@ def parquet(path: tuple[str, ...], text_field: str) -> Iterator[Document]:
                             _field(f"{file.path}, row {number}", {text_field: value}, text_field),
                         )
                         number += 1
-            except arrow.ArrowException as error:
+            except (arrow.ArrowException, UnicodeDecodeError) as error:
                 raise DataError(
-                    f"{file.path}: is no readable parquet file ({error}); write it again or leave it out of data.path"
+                    f"{file.path}: is no readable parquet file ({error}); write it again or leave it out"
                 ) from error
 
 
@@ -195,25 +204,25 @@ def array_record(path: tuple[str, ...], text_field: str) -> Iterator[Document]:
             local = file.path
             if is_remote(file.path):
                 local = str(Path(folder, "records"))
-                filesystem(file.path).get(file.path, local)
+                fetch(file.path, local)
             yield from _records(module, local, file.path)
 
 
 def _records(module: Any, local: str, shown: str) -> Iterator[Document]:
-    try:
-        reader = module.ArrayRecordReader(local)
-        count = reader.num_records()
-    except Exception as error:  # the library raises several kinds
-        raise DataError(
-            f"{shown}: is no readable ArrayRecord file ({error}); write it again or leave it out of data.path"
-        ) from error
-    for number in range(count):
+    reader = module.ArrayRecordReader(local)
+    count = reader.num_records()
+    for first in range(0, max(1, count), RECORDS):  # a damaged file may claim to be empty: reading nothing of it tells
         try:
-            yield Document(f"{shown}:{number}", reader.read([number])[0].decode())
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{shown}, record {number}: is no UTF-8 text ({error}), expected records of plain text"
-            ) from error
+            found = reader.read(list(range(first, min(first + RECORDS, count))))
+        except RuntimeError as error:
+            raise DataError(f"{shown}: is damaged ({error}); write it again or leave it out") from error
+        for number, record in enumerate(found, first):
+            try:
+                yield Document(f"{shown}:{number}", record.decode())
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{shown}, record {number}: is no UTF-8 text ({error}), expected records of plain text"
+                ) from error
     reader.close()
 
 
@@ -259,13 +268,17 @@ def _files(source: str, path: tuple[str, ...]) -> list[File]:
 
 
 def _by_endings(path: tuple[str, ...]) -> str:
-    kinds = {kind_of(file.name) for root in path for file in find(root)} - {None}
-    if len(kinds) != 1:
-        raise DataError(
-            f"data.path: the files below {path} are of the kinds {sorted(map(str, kinds))}, expected one of {sorted(ENDINGS)} (by ending); "
-            "set data.source, or use data.mixture with a part for each kind"
-        )
-    return str(kinds.pop())
+    names = [file.name for root in path for file in find(root)]
+    kinds = sorted({kind for kind in map(kind_of, names) if kind is not None})
+    if len(kinds) == 1:
+        return kinds[0]
+    found = (
+        f"files of the kinds {kinds}" if kinds else f"{len(names)} files {names[:3]}, of no kind known by its ending"
+    )
+    raise DataError(
+        f"data.path: {', '.join(path)} holds {found}; expected one of {sorted(ENDINGS)}. Set data.source, or for several kinds data.mixture, a part "
+        "for each."
+    )
 
 
 def provenance(source: str, path: tuple[str, ...]) -> str:

@@ -2,12 +2,13 @@
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from lmeff.core.errors import DataError
+from lmeff.core.errors import DataError, MissingExtra
 from lmeff.core.extras import require
 
 ENDINGS: dict[str, str] = {
@@ -36,9 +37,9 @@ def kind_of(path: str) -> str | None:
     return next((kind for kind, ending in ENDINGS.items() if re.search(ending, path)), None)
 
 
-def filesystem(path: str):  # type: ignore[no-untyped-def]  # fsspec has no types
-    """The fsspec file system of a URL."""
-    return require("fsspec", extra="remote").core.url_to_fs(path)[0]
+def resolve(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it."""
+    return require("fsspec", extra="remote").core.url_to_fs(url)
 
 
 def find(path: str, leave_out: frozenset[str] = frozenset()) -> list[File]:
@@ -46,13 +47,15 @@ def find(path: str, leave_out: frozenset[str] = frozenset()) -> list[File]:
     Absent: `DataError`."""
     try:
         found = _find_remote(path) if is_remote(path) else _find_local(Path(path).expanduser(), leave_out)
-    except OSError as error:
+    except MissingExtra:
+        raise
+    except Exception as error:  # every remote file system has errors of its own
         raise DataError(
-            f"data.path: '{path}' cannot be listed ({error}); expected a readable file or folder"
+            f"'{path}' cannot be listed ({error}), expected a readable file, folder or URL; check it and your access to it"
         ) from error
     if found is None:
         raise DataError(
-            f"data.path: '{path}' does not exist, expected a file, a folder or a URL; a relative path starts at {os.getcwd()}"
+            f"'{path}' does not exist, expected a file, a folder or a URL; check its spelling (a relative path starts at {os.getcwd()})"
         )
     return sorted(found, key=lambda file: file.name)
 
@@ -75,25 +78,37 @@ def _raise(error: OSError) -> None:
 
 
 def _find_remote(url: str) -> list[File] | None:
-    fs = filesystem(url)
-    root = fs._strip_protocol(url)
-    if not fs.exists(url):
+    fs, root = resolve(url)
+    if not fs.exists(root):
         return None
-    if fs.isfile(url):
-        return [File(url, root.rsplit("/", 1)[-1], fs.info(url)["size"])]
-    found = fs.find(url, detail=True)
-    names = {path: path[len(root) :].lstrip("/") for path in found}
-    visible = {path: name for path, name in names.items() if not any(p.startswith(".") for p in name.split("/"))}
-    return [File(fs.unstrip_protocol(path), name, found[path]["size"]) for path, name in visible.items()]
+    if fs.isfile(root):
+        return [File(url, root.rsplit("/", 1)[-1], fs.info(root)["size"])]
+    found = fs.find(root, detail=True)
+    named = {path: path[len(root) :].lstrip("/") for path in found}
+    seen = {path: name for path, name in named.items() if not any(p.startswith(".") for p in name.split("/"))}
+    return [File(fs.unstrip_protocol(path), name, found[path]["size"]) for path, name in seen.items()]
 
 
 @contextmanager
 def opened(path: str) -> Iterator[BinaryIO]:
     """The file at `path`, open for reading bytes. What storage says against it becomes a `DataError` that names the file."""
     try:
-        with filesystem(path).open(path, "rb") if is_remote(path) else open(path, "rb") as file:
+        with _open(path) as file:
             yield file
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error}); expected a readable file. Mend it or leave it out of data.path."
+            f"{path}: cannot be read ({error}); expected a readable file. Mend it or leave it out."
         ) from error
+
+
+def _open(path: str) -> BinaryIO:
+    if not is_remote(path):
+        return open(path, "rb")
+    fs, inner = resolve(path)
+    return fs.open(inner, "rb")
+
+
+def fetch(path: str, local: str) -> None:
+    """Copies a remote file to a local one."""
+    with opened(path) as source, open(local, "wb") as target:
+        shutil.copyfileobj(source, target)

@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
 
 
 class Ids(NamedTuple):
-    """What is known of a kind of tokenizer before it exists. `vocab` None means that the config sets it."""
+    """What is known of a kind of tokenizer before it exists. `vocab` None: the config sets it."""
 
     vocab: int | None
     bos: int
@@ -39,7 +39,9 @@ class Ids(NamedTuple):
 
 
 # Bytes come first so that an id below 256 is the byte itself; eight special ids, five of them unused, so that 264 rows divide over 2, 4 or 8 devices.
-TOKENIZERS: dict[str, Ids] = {"bytes": Ids(264, 256, 257, 258), "bpe": Ids(None, 0, 1, 2)}
+BYTES = Ids(264, bos=256, eos=257, pad=258)
+BPE = Ids(None, bos=0, eos=1, pad=2)
+TOKENIZERS: dict[str, Ids] = {"bytes": BYTES, "bpe": BPE}
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,9 @@ class ByteTokenizer:
     """UTF-8 bytes: an id below 256 is the byte."""
 
     vocab: int = 264
-    bos: int = 256
-    eos: int = 257
-    pad: int = 258
+    bos: int = BYTES.bos
+    eos: int = BYTES.eos
+    pad: int = BYTES.pad
 
     def encode(self, text: str) -> np.ndarray:
         """Ids [N] of a text, without special tokens."""
@@ -73,14 +75,18 @@ class BpeTokenizer:
 
     inner: Any
     vocab: int
-    bos: int = 0
-    eos: int = 1
-    pad: int = 2
+    bos: int = BPE.bos
+    eos: int = BPE.eos
+    pad: int = BPE.pad
 
     @property
     def used(self) -> int:
         """Ids that some text can have."""
         return self.inner.get_vocab_size()
+
+    def save(self, file: Path) -> None:
+        """Writes tokenizer.json, in the format of the library."""
+        self.inner.save(str(file))
 
     def encode(self, text: str) -> np.ndarray:
         """Ids [N] of a text, without special tokens."""

@@ -58,7 +58,7 @@ def chunked_head(
 
         def add(carry: Any, piece: Any) -> tuple[Any, jax.Array]:
             sums, d_head = carry
-            chunk_sums, (d_hidden, d_chunk) = gradient(_vary(piece[0], vocab_axes), own_head, piece[1], extras)
+            chunk_sums, (d_hidden, d_chunk) = gradient(piece[0], own_head, piece[1], extras)
             return (_add(sums, chunk_sums), _add(d_head, d_chunk)), d_hidden
 
         cut = pieces(hidden_ND, rows)
@@ -66,7 +66,7 @@ def chunked_head(
         wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), head)
         start = (_zeros(shapes, batch_axes), _zeros(wide, batch_axes + vocab_axes))
         (sums, d_head), d_hidden = jax.lax.scan(add, start, cut)
-        d_hidden = _psum(d_hidden.reshape(-1, *hidden_ND.shape[1:])[: hidden_ND.shape[0]], vocab_axes)
+        d_hidden = d_hidden.reshape(-1, *hidden_ND.shape[1:])[: hidden_ND.shape[0]]
         d_head = jax.tree.map(lambda d, x: d.astype(x.dtype), _psum(d_head, batch_axes), head)
         return _psum(sums, batch_axes), (d_hidden, d_head)
 
@@ -77,7 +77,8 @@ def chunked_head(
 
     call = jax.custom_vjp(value)
     call.defvjp(save, pull)
-    return call(hidden_ND, head, rows, extras)
+    # Each part of the vocabulary gives its part of the hidden states' gradient; the cast's own gradient adds them up, once.
+    return call(_vary(hidden_ND, vocab_axes), head, rows, extras)
 
 
 def map_rows(fn: Callable[[Any], jax.Array], rows: Any, *, chunk: int) -> jax.Array:

@@ -129,16 +129,15 @@ def _head_norm(x_BTHC: jax.Array, scale_C: jax.Array, cfg: ModelConfig) -> jax.A
 
 def attention_layer(x_BTD: jax.Array, p: Tree, batch: Batch, cfg: ModelConfig, ops: Ops) -> jax.Array:
     """Self-attention within each document of the row."""
-    q_BTHC = ops.einsum("BTD,DHC->BTHC", x_BTD, p["wq"], site="attn.q")
-    k_BTKC = ops.einsum("BTD,DKC->BTKC", x_BTD, p["wk"], site="attn.k")
-    v_BTKC = ops.einsum("BTD,DKC->BTKC", x_BTD, p["wv"], site="attn.v")
+    q_BTHC = ops.place(ops.einsum("BTD,DHC->BTHC", x_BTD, p["wq"], site="attn.q"), "BTHC")
+    k_BTKC = ops.place(ops.einsum("BTD,DKC->BTKC", x_BTD, p["wk"], site="attn.k"), "BTKC")
+    v_BTKC = ops.place(ops.einsum("BTD,DKC->BTKC", x_BTD, p["wv"], site="attn.v"), "BTKC")
     if cfg.bias:
         q_BTHC, k_BTKC, v_BTKC = q_BTHC + p["q_bias"], k_BTKC + p["k_bias"], v_BTKC + p["v_bias"]
     if cfg.qk_norm:
         q_BTHC, k_BTKC = _head_norm(q_BTHC, p["q_norm"], cfg), _head_norm(k_BTKC, p["k_norm"], cfg)
-    q_BTHC = ops.place(rope(q_BTHC, batch.positions, cfg.rope_theta), "BTHC")
-    k_BTKC = ops.place(rope(k_BTKC, batch.positions, cfg.rope_theta), "BTKC")
-    v_BTKC = ops.place(v_BTKC, "BTKC")
+    q_BTHC = rope(q_BTHC, batch.positions, cfg.rope_theta)
+    k_BTKC = rope(k_BTKC, batch.positions, cfg.rope_theta)
     o_BTHC = ops.attend(q_BTHC, k_BTKC, v_BTKC, batch.segments, window=cfg.window, softcap=cfg.attention_softcap)
     o_BTHC = checkpoint_name(o_BTHC, "attn_out")
     ops.tap("attn.heads", o_BTHC)
@@ -165,10 +164,10 @@ def block(x_BTD: jax.Array, p: Tree, batch: Batch, cfg: ModelConfig, ops: Ops) -
     """One pre-norm transformer block."""
     ops.tap("block.in", x_BTD)
     with jax.named_scope("attention"):
-        h_BTD = normalize(x_BTD, p["attn_norm"], cfg)
+        h_BTD = ops.place(normalize(x_BTD, p["attn_norm"], cfg), "B__")
         x_BTD = ops.place(x_BTD + attention_layer(h_BTD, p["attn"], batch, cfg, ops), "BTD")
     with jax.named_scope("mlp"):
-        h_BTD = normalize(x_BTD, p["mlp_norm"], cfg)
+        h_BTD = ops.place(normalize(x_BTD, p["mlp_norm"], cfg), "B__")
         x_BTD = ops.place(x_BTD + mlp_layer(h_BTD, p["mlp"], cfg, ops), "BTD")
     ops.tap("block.out", x_BTD)
     return x_BTD
@@ -225,7 +224,9 @@ def forward(
     x_BTD = outer.ops.embed(embed["table"], batch.tokens).astype(compute_dtype)
     x_BTD = outer.ops.place(x_BTD, "BTD")
     layers = (params["blocks"], substate(view_state, "blocks"), _block_ranges(ranges))
-    x_BTD, records = jax.lax.scan(remat_policy(remat)(step), x_BTD, layers)
+    x_BTD, records = jax.lax.scan(
+        remat_policy(remat)(step), x_BTD, layers, unroll=int(__import__("os").environ.get("UNROLL", "1"))
+    )
     hidden_BTD = normalize(x_BTD.astype(jnp.float32), seen("final_norm"), cfg).astype(output_dtype or compute_dtype)
     head = embed["table"] if cfg.tied else seen("head")["w"]
     return Output(hidden_BTD, head, head_ranges, {**{f"blocks/{k}": v for k, v in records.items()}, **outer.close()})

@@ -29,7 +29,7 @@ def accumulated_gradients(
     groups = layout.size(axes)
     gradient = _gradient(loss_fn, layout.reserve(axes))
     if axes:
-        gradient = jax.vmap(gradient, in_axes=(None, None, 0, None))
+        gradient = jax.vmap(gradient, in_axes=(None, None, 0, None), spmd_axis_name=axes)
     pieces = jax.tree.map(lambda x: _split_rows(x, layout, groups, microbatches), batch)
 
     def of(piece: Batch) -> Any:

@@ -123,13 +123,13 @@ class Layout:
             return x
         return jax.lax.with_sharding_constraint(x, self.sharding(letters, x.shape))
 
-    def on_shards(self, fn: Callable[..., Any], inputs: Sequence[str], outputs: Any) -> Callable[..., Any]:
+    def on_shards(self, fn: Callable[..., Any], inputs: Sequence[Any], outputs: Any) -> Callable[..., Any]:
         """Runs `fn` on each device's shards: purely local code, or code that names its collectives.
 
-        `inputs` are letters; `outputs` letters or a pytree of them.
+        `inputs` are letters; `outputs` letters or a pytree of them. A sum inside `fn` that is to be differentiated must be right both with and
+        without JAX's checks of what varies over the mesh: under `vmap` (reserved axes) they are off, because they do not know mapped axes.
         """
-
-        names = {axis for axis, size in self.mesh.shape.items() if size > 1} - set(self.reserved)
+        names = {axis for axis, size in self.mesh.shape.items() if size > 1}
         if not names:
             return fn
         return jax.shard_map(
@@ -138,6 +138,7 @@ class Layout:
             in_specs=jax.tree.map(self.partition, tuple(inputs)),
             out_specs=jax.tree.map(self.partition, outputs),
             axis_names=names,
+            check_vma=not self.reserved,
         )
 
     def axes(self, letter: str) -> tuple[str, ...]:

@@ -42,14 +42,21 @@ def _attend(
 
 
 def _embed(layout: Layout, table_VD: Any, tokens_BT: jax.Array) -> jax.Array:
-    """Rows by token id. With the vocabulary cut, each device adds the rows that it holds: no gather of the table over V."""
+    """Rows by token id. With the vocabulary cut, each device adds the rows that it holds: no gather of the table over V.
+
+    The sum is scattered over T where T divides, as the residual stream wants it.
+    """
     axes = layout.axes("V")
     if not axes or is_qtensor(table_VD):
         return lookup(table_VD, tokens_BT)
+    scattered = tokens_BT.shape[1] % layout.size(axes) == 0
 
     def local(rows_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         own = tokens_BT - jax.lax.axis_index(axes) * rows_VD.shape[0]
         inside = (own >= 0) & (own < rows_VD.shape[0])
-        return jax.lax.psum(jnp.where(inside[..., None], rows_VD[jnp.where(inside, own, 0)], 0), axes)
+        part_BTD = jnp.where(inside[..., None], rows_VD[jnp.where(inside, own, 0)], 0)
+        if scattered:
+            return jax.lax.psum_scatter(part_BTD, axes, scatter_dimension=1, tiled=True)
+        return jax.lax.psum(part_BTD, axes)
 
-    return layout.on_shards(local, ("V_", "B_"), "B__")(table_VD, tokens_BT)
+    return layout.on_shards(local, ("V_", "B_"), "BT_" if scattered else "B__")(table_VD, tokens_BT)

@@ -7,15 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from lmeff.compress.config import build
-from lmeff.train.checkpoint import Checkpointer
 
 from lmeff.compress.base import Compression, State, identity
+from lmeff.compress.config import build
 from lmeff.core.ops import FLOATING, Numerics
 from lmeff.core.specs import abstract
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import identity_view, param_specs
 from lmeff.parallel.mesh import Layout
+from lmeff.train.checkpoint import Checkpointer
 from lmeff.train.state import with_shardings
 from lmeff.train.step import Model
 

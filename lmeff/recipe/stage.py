@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from lmeff.config import Experiment, Stage
-from lmeff.data.loader import Corpus
 
 from lmeff.compress.base import State
 from lmeff.compress.calibrate import calibrate
 from lmeff.compress.importance import scores
 from lmeff.compress.shrink import ShrinkConfig, plan, shrink
+from lmeff.config import Experiment, Stage
 from lmeff.core.numerics import materialize
 from lmeff.core.precision import Policy, parse
 from lmeff.core.specs import abstract, initialize
+from lmeff.data.loader import Corpus
 from lmeff.distill.objectives import Distill, Projection, head_objective
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs

@@ -128,9 +128,13 @@ class Report:
         """The artifact of this name."""
         return next(row for row in self.artifacts if row.name == name)
 
+    def to_json(self) -> dict[str, Any]:
+        """The report as strict JSON values."""
+        return _strict(dataclasses.asdict(self))
+
     def write(self, path: Path) -> None:
         """Writes `report.json`, complete or not at all, with a digest of its content."""
-        content = _strict(dataclasses.asdict(self))
+        content = self.to_json()
         head = {"format": FORMAT, "digest": _digest(content)}
         write_text(path, json.dumps(head | content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 

@@ -1,0 +1,1 @@
+"""Recipes: artifacts in, artifacts out."""
