@@ -23,9 +23,7 @@ class Shape:
 
 
 SHAPES = {
-    "7m": Shape(
-        model=ModelConfig(vocab=4096, width=256, layers=6, heads=8, kv_heads=8, ffn=688), rows=16, length=256
-    ),
+    "7m": Shape(model=ModelConfig(vocab=4096, width=256, layers=6, heads=8, kv_heads=8, ffn=688), rows=16, length=256),
     "quickstart": Shape(
         model=ModelConfig(vocab=512, width=128, layers=4, heads=4, kv_heads=2, ffn=344), rows=16, length=256
     ),

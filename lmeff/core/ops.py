@@ -125,9 +125,7 @@ def _product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     return out.astype(x.dtype)
 
 
-def _product_gradients(
-    equation: str, saved: tuple[jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _product_gradients(equation: str, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Both gradients as einsums in their own letters.
 
     Automatic differentiation gives the weight's transposed, which XLA's CPU backend mends by transposing the activations: 1.3x the time of an ffn.
