@@ -177,6 +177,6 @@ def chain(*members: Compression) -> Compression:
 
 def touched(auxiliary: Any) -> Mapping[str, Any]:
     """The paths a state acts on."""
-    if isinstance(auxiliary, tuple) and not isinstance(auxiliary, Leaf):
-        return {path: None for part in auxiliary for path in touched(part)}
-    return dict.fromkeys(flatten(auxiliary))
+    if isinstance(auxiliary, Mapping):
+        return dict.fromkeys(flatten(auxiliary))
+    return {path: None for part in auxiliary for path in touched(part)}
