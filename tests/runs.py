@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lmeff.cli import main
 
-CONFIG = '''
+CONFIG = """
 from lmeff.config import (
     Activations, Claim, DataConfig, Distill, EvaluateConfig, Experiment, ModelConfig, OptimConfig, Prune, Quantize, ShrinkConfig, Stage, TrainConfig,
 )
@@ -24,11 +24,11 @@ def experiment():
         data=DataConfig(path=({text!r},), sequence=32, validation=0.2, test=0.2),
         train=TrainConfig(batch=8, steps=4, log_every=1, checkpoint_every=2),
         optim=OptimConfig(warmup_steps=1),
-        evaluate=EvaluateConfig(batch=8, batches=2, repeats=1, samples=50),
+        evaluate=EvaluateConfig(batch=32, batches=4, repeats=1, samples=50),
         recipe=({recipe}),
         claims=({claims}),
     )
-'''
+"""
 RECIPE = """
             Stage(name="teacher"),
             Stage(name="student", model=STUDENT, distill=Distill(teacher="teacher"), steps=2),
@@ -48,19 +48,38 @@ CLAIMS = """Claim(artifact="packed", of="composed", within=0.5, bytes_at_most=0.
 
 def write_text(folder: Path) -> Path:
     """Documents with some structure, enough for three splits."""
-    words = "the loss of a small model falls when it reads more text than before and never sees the same line twice".split()
+    words = (
+        "the",
+        "loss",
+        "of",
+        "a",
+        "small",
+        "model",
+        "falls",
+        "when",
+        "it",
+        "reads",
+        "more",
+        "text",
+        "than",
+        "before",
+    )
     place = folder / "text"
     place.mkdir()
     for i in range(120):
-        lines = (" ".join(words[(i * 7 + j * 3 + k * k) % len(words)] for k in range(9)) for j in range(12))
-        (place / f"{i:03}.txt").write_text("\n".join(lines))
+        lines = (" ".join(words[(i * 7 + j * 3 + k * k) % len(words)] for k in range(9)) for j in range(4))
+        (place / f"{i:03}.txt").write_text(f"document {i}\n" + "\n".join(lines))
     return place
 
 
-def write_config(folder: Path, text: Path, *, recipe: str = RECIPE, claims: str = CLAIMS, name: str = "small.py") -> Path:
+def write_config(
+    folder: Path, text: Path, *, recipe: str = RECIPE, claims: str = CLAIMS, name: str = "small.py"
+) -> Path:
     """The config as a file."""
     file = folder / name
-    file.write_text(CONFIG.format(runs=str(folder / "runs"), text=str(text), recipe=recipe, claims=claims + ("," if claims else "")))
+    file.write_text(
+        CONFIG.format(runs=str(folder / "runs"), text=str(text), recipe=recipe, claims=claims + ("," if claims else ""))
+    )
     return file
 
 

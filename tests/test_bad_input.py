@@ -34,7 +34,11 @@ OPTIONS = {
     ),
     "unknown format": (["--recipe.composed.compress.1.rules", ".*", "int9"], 3, ["int9", "int8"]),
     "rules that leave a path": (["--recipe.composed.compress.1.rules", "embed/table", "int8"], 3, ["no rule matches"]),
-    "unknown site": (["--recipe.composed.activations.rules", "mlp.dwon", "int8", ".*", "None"], 3, ["mlp.dwon", "mlp.down"]),
+    "unknown site": (
+        ["--recipe.composed.activations.rules", "mlp.dwon", "int8", ".*", "None"],
+        3,
+        ["mlp.dwon", "mlp.down"],
+    ),
     "shrinks to more": (["--recipe.shrunk.shrink.ffn", "500"], 3, ["shrink.ffn", "500", "64"]),
     "distillation mix": (["--recipe.student.distill.mix", "2"], 3, ["distill.mix", "got 2", "0"]),
     "teacher that comes later": (["--recipe.student.distill.teacher", "packed"], 3, ["'packed'", "earlier stage"]),

@@ -141,7 +141,7 @@ def test_records(kind, remote, tmp_path, request):
         root = f"memory://{request.node.name}/in"
         path = f"{root}/b.{kind}"
         fs.pipe(path, (folder / f"b.{kind}").read_bytes())
-        fs.pipe(f"{root}/.hidden", b"")
+        fs.pipe(f"{root}/.hidden.{kind}", b"damaged")
         fs.pipe(f"{root}/README", b"about")
     assert texts(kind, [path]) == TEXTS
     assert texts(kind, [root]) == TEXTS
