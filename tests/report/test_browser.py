@@ -11,7 +11,7 @@ import subprocess
 import threading
 
 import pytest
-from report_sample import make_report
+from tests.report.report_sample import make_report
 
 from lmeff.report.html import render
 

@@ -7,7 +7,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from report_sample import make_report
+from tests.report.report_sample import make_report
 
 from lmeff.report.html import render, write_html
 from lmeff.report.schema import Verdict

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from report_sample import make_report
+from tests.report.report_sample import make_report
 
 from lmeff.core.errors import MissingExtra
 from lmeff.report.curves import spread

@@ -4,7 +4,7 @@ import io
 import math
 
 import pytest
-from report_sample import make_report
+from tests.report.report_sample import make_report
 from rich.console import Console
 
 from lmeff.report import words
