@@ -1,8 +1,11 @@
 """Errors a user can cause. Each one is one paragraph (where, got, expected, remedy) and one exit code of the CLI."""
 
 
-class UserError(ValueError):
-    """Something the user can mend. `exit_code` is what the command line returns for it."""
+class UserError(Exception):
+    """Something the user can mend. `exit_code` is what the command line returns for it.
+
+    Not a `ValueError`: a parser of command lines takes those for wrong words, and this error would lose its class and its exit code.
+    """
 
     exit_code = 1
 

@@ -5,6 +5,7 @@ quantization, packed weights, meshes or recording. `forward` receives a `MakeOps
 the scanned block), and returns what it recorded as an output of the scan: no global lists, so no leaked tracers.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -112,9 +113,29 @@ def encode_activation(x: jax.Array, axes: tuple[int, ...], format: QFormat, rang
 
 
 def plain_einsum(equation: str, x: jax.Array, w: jax.Array, *, site: str = "") -> jax.Array:
-    """A floating-point einsum with float32 accumulation, in the dtype of `x`."""
-    out = jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    """A floating-point einsum with float32 accumulation, in the dtype of `x`; differentiable in reverse mode only."""
+    # A gradient may vary over mesh axes that only the other operand varies over: zeros of each make their types alike first.
+    x, w = (a + jnp.where(False, b.ravel()[0], 0).astype(a.dtype) for a, b in ((x, w), (w, x)))
+    return _product(equation, x, w.astype(x.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    out = jnp.einsum(equation, x, w, preferred_element_type=jnp.float32)
     return out.astype(x.dtype)
+
+
+def _product_gradients(equation: str, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both gradients as einsums in their own letters.
+
+    Automatic differentiation gives the weight's transposed, which XLA's CPU backend mends by transposing the activations: 1.3x the time of an ffn.
+    """
+    x, w = saved
+    left, right, out = split_einsum(equation)
+    return _product(f"{out},{right}->{left}", g, w), _product(f"{left},{out}->{right}", x, g)
+
+
+_product.defvjp(lambda equation, x, w: (_product(equation, x, w), (x, w)), _product_gradients)
 
 
 def contracted_axes(equation: str) -> tuple[int, ...]:

@@ -26,8 +26,8 @@ Place = tuple[int, int]  # part, and row among the rows of that part
 class Dataset:
     """One split. `batch` and `batches` draw shuffled rows without end, `evaluation` passes once over all documents in order.
 
-    document_bytes: int64 [documents], the UTF-8 bytes of each document.
-    document_part:  int64 [documents], the part of the mixture each document is of.
+    document_bytes:  int64 [documents], the UTF-8 bytes of each document.
+    document_part:   int64 [documents], the part of the mixture it is of.
     """
 
     shards: tuple[Shard, ...]

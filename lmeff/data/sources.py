@@ -22,7 +22,8 @@ LEFT_OUT = frozenset(
 )
 WHOLE_FILES = 100  # from this many text files on, a file is a document; fewer are cut into documents
 CUT_LONGEST, CUT_SHORTEST, CUT_DOCUMENTS = 4000, 500, 200
-BLOCK = 1 << 20
+BLOCK = 1 << 20  # bytes of text read at a time
+RECORDS = 1024  # ArrayRecords read at a time
 
 
 class Document(NamedTuple):
@@ -208,20 +209,20 @@ def array_record(path: tuple[str, ...], text_field: str) -> Iterator[Document]:
 
 
 def _records(module: Any, local: str, shown: str) -> Iterator[Document]:
-    try:
-        reader = module.ArrayRecordReader(local)
-        count = reader.num_records()
-    except Exception as error:  # the library raises several kinds
-        raise DataError(
-            f"{shown}: is no readable ArrayRecord file ({error}); write it again or leave it out"
-        ) from error
-    for number in range(count):
+    reader = module.ArrayRecordReader(local)
+    count = reader.num_records()
+    for first in range(0, max(1, count), RECORDS):  # a damaged file may claim to be empty: reading nothing of it tells
         try:
-            yield Document(f"{shown}:{number}", reader.read([number])[0].decode())
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{shown}, record {number}: is no UTF-8 text ({error}), expected records of plain text"
-            ) from error
+            found = reader.read(list(range(first, min(first + RECORDS, count))))
+        except RuntimeError as error:
+            raise DataError(f"{shown}: is damaged ({error}); write it again or leave it out") from error
+        for number, record in enumerate(found, first):
+            try:
+                yield Document(f"{shown}:{number}", record.decode())
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{shown}, record {number}: is no UTF-8 text ({error}), expected records of plain text"
+                ) from error
     reader.close()
 
 
@@ -267,13 +268,17 @@ def _files(source: str, path: tuple[str, ...]) -> list[File]:
 
 
 def _by_endings(path: tuple[str, ...]) -> str:
-    kinds = {kind_of(file.name) for root in path for file in find(root)} - {None}
-    if len(kinds) != 1:
-        raise DataError(
-            f"data.path: the files below {path} are of the kinds {sorted(map(str, kinds))}, expected one of {sorted(ENDINGS)} (by ending); "
-            "set data.source, or use data.mixture with a part for each kind"
-        )
-    return str(kinds.pop())
+    names = [file.name for root in path for file in find(root)]
+    kinds = sorted({kind for kind in map(kind_of, names) if kind is not None})
+    if len(kinds) == 1:
+        return kinds[0]
+    found = (
+        f"files of the kinds {kinds}" if kinds else f"{len(names)} files {names[:3]}, of no kind known by its ending"
+    )
+    raise DataError(
+        f"data.path: {', '.join(path)} holds {found}; expected one of {sorted(ENDINGS)}. Set data.source, or for several kinds data.mixture, a part "
+        "for each."
+    )
 
 
 def provenance(source: str, path: tuple[str, ...]) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,5 +110,5 @@ def _open(path: str) -> BinaryIO:
 
 def fetch(path: str, local: str) -> None:
     """Copies a remote file to a local one."""
-    fs, inner = resolve(path)
-    fs.get(inner, local)
+    with opened(path) as source, open(local, "wb") as target:
+        shutil.copyfileobj(source, target)

@@ -69,15 +69,13 @@ def _scores(q_RC: jax.Array, k_SC: jax.Array, bias_RS: jax.Array, softcap: float
     return scores_RS + bias_RS
 
 
-def _d_scores(
-    p_RS: jax.Array, scores_RS: jax.Array, d_p_RS: jax.Array, delta_R: jax.Array, softcap: float | None
-) -> jax.Array:
-    """Gradient of the uncapped scores from that of the probabilities."""
-    d_RS = p_RS * (d_p_RS - delta_R[..., None])
-    return d_RS if softcap is None else d_RS * (1 - jnp.square(jnp.where(p_RS > 0, scores_RS, 0) / softcap))
+def _d_scores(p: jax.Array, scores: jax.Array, d_p: jax.Array, delta: jax.Array, softcap: float | None) -> jax.Array:
+    """Gradient of the uncapped scores from that of the probabilities; `delta` broadcasts against them."""
+    d = p * (d_p - delta)
+    return d if softcap is None else d * (1 - jnp.square(jnp.where(p > 0, scores, 0) / softcap))
 
 
-# ---- panels: a static loop over blocks of queries, each against all the keys it can see; for short rows
+# ---- panels: static loops over blocks, each against all it can see; for short rows. The query heads of a group are rows of one matrix, [R = T * G, C].
 
 
 def _panels(length: int, block: int, window: int | None) -> list[tuple[slice, slice]]:
@@ -89,24 +87,35 @@ def _panels(length: int, block: int, window: int | None) -> list[tuple[slice, sl
     return found
 
 
-def _bias(segments_T: jax.Array, queries: slice, keys: slice, mask: Mask) -> jax.Array:
+def _key_panels(length: int, block: int, window: int | None) -> list[tuple[slice, slice]]:
+    """(queries, keys) of each block of keys: queries from the diagonal to the window's end."""
+    found = []
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        found.append((slice(start, length if window is None else min(stop - 1 + window, length)), slice(start, stop)))
+    return found
+
+
+def _bias(segments_T: jax.Array, queries: slice, keys: slice, groups: int, mask: Mask) -> jax.Array:
     t, s = jnp.arange(queries.start, queries.stop), jnp.arange(keys.start, keys.stop)
-    return jnp.where(_visible(segments_T[..., queries], segments_T[..., keys], t, s, mask), 0.0, MASKED)
+    bias_TS = jnp.where(_visible(segments_T[queries], segments_T[keys], t, s, mask), 0.0, MASKED)
+    return jnp.repeat(bias_TS, groups, axis=0)
 
 
 def _panel_forward(q_TGC: jax.Array, k_SC: jax.Array, v_SC: jax.Array, segments_T: jax.Array, mask: Mask) -> Any:
     """One key-value head with its query heads: output [T, G, C] and log-sum-exp [T, G]."""
+    length, groups, width = q_TGC.shape
     outs, lses = [], []
-    for queries, keys in _panels(q_TGC.shape[0], BLOCK, mask.window):
-        q_GRC = jnp.swapaxes(q_TGC[queries], 0, 1)
-        scores = _scores(q_GRC, k_SC[keys][None], _bias(segments_T, queries, keys, mask)[None], mask.softcap)
-        top = jnp.maximum(scores.max(-1, keepdims=True), 0.5 * MASKED)
-        weights = jnp.exp(scores - top)
-        total = weights.sum(-1, keepdims=True)
-        o = jnp.einsum("GRS,SC->GRC", weights.astype(v_SC.dtype), v_SC[keys], preferred_element_type=jnp.float32)
-        outs.append(jnp.swapaxes(o / jnp.maximum(total, 1e-30), 0, 1))
-        lses.append(jnp.swapaxes((top + jnp.log(jnp.maximum(total, 1e-30)))[..., 0], 0, 1))
-    return jnp.concatenate(outs), jnp.concatenate(lses)
+    for queries, keys in _panels(length, BLOCK, mask.window):
+        q_RC = q_TGC[queries].reshape(-1, width)
+        scores_RS = _scores(q_RC, k_SC[keys], _bias(segments_T, queries, keys, groups, mask), mask.softcap)
+        top_R1 = jnp.maximum(scores_RS.max(-1, keepdims=True), 0.5 * MASKED)
+        weights_RS = jnp.exp(scores_RS - top_R1)
+        total_R1 = jnp.maximum(weights_RS.sum(-1, keepdims=True), 1e-30)
+        o_RC = jnp.einsum("RS,SC->RC", weights_RS.astype(v_SC.dtype), v_SC[keys], preferred_element_type=jnp.float32)
+        outs.append(o_RC / total_R1)
+        lses.append(top_R1 + jnp.log(total_R1))
+    return jnp.concatenate(outs).reshape(q_TGC.shape), jnp.concatenate(lses).reshape(length, groups)
 
 
 def _panel_backward(
@@ -119,20 +128,23 @@ def _panel_backward(
     g_TGC: jax.Array,
     mask: Mask,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    d_q, d_k, d_v = [], jnp.zeros_like(k_SC, jnp.float32), jnp.zeros_like(v_SC, jnp.float32)
+    """By blocks of keys with scores as [S, R]: the gradients of k and v are then plain products, and only that of q needs a transposed one."""
+    length, groups, width = q_TGC.shape
+    d_q, d_k, d_v = jnp.zeros_like(q_TGC, jnp.float32), [], []
     delta_TG = (o_TGC.astype(jnp.float32) * g_TGC.astype(jnp.float32)).sum(-1)
-    for queries, keys in _panels(q_TGC.shape[0], BLOCK, mask.window):
-        q_GRC, g_GRC = (jnp.swapaxes(x[queries], 0, 1) for x in (q_TGC, g_TGC))
-        lse_GR, delta_GR = (x[queries].T for x in (lse_TG, delta_TG))
-        scores = _scores(q_GRC, k_SC[keys][None], _bias(segments_T, queries, keys, mask)[None], mask.softcap)
-        p = jnp.exp(scores - lse_GR[..., None])
-        d_p = jnp.einsum("GRC,SC->GRS", g_GRC, v_SC[keys], preferred_element_type=jnp.float32)
-        d_s = _d_scores(p, scores, d_p, delta_GR, mask.softcap).astype(q_TGC.dtype)
-        d_q.append(jnp.swapaxes(jnp.einsum("GRS,SC->GRC", d_s, k_SC[keys], preferred_element_type=jnp.float32), 0, 1))
-        d_k = d_k.at[keys].add(jnp.einsum("GRS,GRC->SC", d_s, q_GRC, preferred_element_type=jnp.float32))
-        p = p.astype(g_GRC.dtype)
-        d_v = d_v.at[keys].add(jnp.einsum("GRS,GRC->SC", p, g_GRC, preferred_element_type=jnp.float32))
-    return jnp.concatenate(d_q), d_k, d_v
+    for queries, keys in _key_panels(length, BLOCK, mask.window):
+        q_RC, g_RC = (x[queries].reshape(-1, width) for x in (q_TGC, g_TGC))
+        lse_R, delta_R = (x[queries].reshape(-1) for x in (lse_TG, delta_TG))
+        bias_SR = _bias(segments_T, queries, keys, groups, mask).T
+        scores_SR = _scores(k_SC[keys], q_RC, bias_SR, mask.softcap)
+        p_SR = jnp.exp(scores_SR - lse_R)
+        d_p_SR = jnp.einsum("SC,RC->SR", v_SC[keys], g_RC, preferred_element_type=jnp.float32)
+        d_s_SR = _d_scores(p_SR, scores_SR, d_p_SR, delta_R, mask.softcap).astype(q_TGC.dtype)
+        d_q_RC = jnp.einsum("SR,SC->RC", d_s_SR, k_SC[keys], preferred_element_type=jnp.float32)
+        d_q = d_q.at[queries].add(d_q_RC.reshape(-1, groups, width))
+        d_k.append(jnp.einsum("SR,RC->SC", d_s_SR, q_RC, preferred_element_type=jnp.float32))
+        d_v.append(jnp.einsum("SR,RC->SC", p_SR.astype(g_RC.dtype), g_RC, preferred_element_type=jnp.float32))
+    return d_q, jnp.concatenate(d_k), jnp.concatenate(d_v)
 
 
 # ---- tiles: loops over blocks of queries and of keys; compile time and memory do not grow with the row
@@ -208,7 +220,7 @@ def _tile_backward(
             scores = tiles.scores(q_GRC, k_SC, segments_T, i, j)
             p = jnp.exp(scores - lse_GR[..., None])
             d_p = jnp.einsum("GRC,SC->GRS", g_GRC, tiles.cut(v_SC, j), preferred_element_type=jnp.float32)
-            d_s = _d_scores(p, scores, d_p, delta_GR, mask.softcap).astype(q_GRC.dtype)
+            d_s = _d_scores(p, scores, d_p, delta_GR[..., None], mask.softcap).astype(q_GRC.dtype)
             d_q = d_q + jnp.einsum("GRS,SC->GRC", d_s, tiles.cut(k_SC, j), preferred_element_type=jnp.float32)
             own_k = jnp.einsum("GRS,GRC->SC", d_s, q_GRC, preferred_element_type=jnp.float32)
             own_v = jnp.einsum("GRS,GRC->SC", p.astype(g_GRC.dtype), g_GRC, preferred_element_type=jnp.float32)

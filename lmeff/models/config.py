@@ -94,7 +94,7 @@ PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(vocab=64, width=32, layers=2, heads=4, kv_heads=2, ffn=64),
     "small": ModelConfig(vocab=512, width=64, layers=2, heads=4, kv_heads=2, ffn=172),
     # 124M and 1.2B parameters: Llama-style shapes near GPT-2 small and Llama-3.2-1B.
-    "125m": ModelConfig(vocab=32_000, width=768, layers=12, heads=12, kv_heads=12, ffn=2048),
+    "125m": ModelConfig(vocab=50_304, width=768, layers=12, heads=12, kv_heads=12, ffn=2048),
     "1b": ModelConfig(vocab=128_256, width=2048, layers=16, heads=32, kv_heads=8, ffn=8192, rope_theta=500_000.0),
     # Grattafiori et al. 2024 (https://arxiv.org/abs/2407.21783), table 3.
     "llama3_8b": ModelConfig(

@@ -49,9 +49,8 @@ def run(
             f"{directory}: holds a run already, and --no-resume was asked for; expected an empty place. Delete it or choose another --name."
         )
     check_resume(experiment, directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    shop = open_workshop(experiment, shapes, directory, console, resume=resume)  # builds data whole or leaves no trace
     with lock(directory):
-        shop = open_workshop(experiment, shapes, directory, console, resume=resume)
         write(experiment, directory)
         stages = experiment.recipe if only is None else needed(experiment.recipe, only)
         artifacts: dict[str, Artifact] = {}

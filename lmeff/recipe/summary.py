@@ -24,12 +24,13 @@ from lmeff.models.transformer import param_specs
 from lmeff.recipe.artifact import Artifact
 from lmeff.recipe.measure import TIMING, held_out, make_scorer, timings
 from lmeff.recipe.stage import Workshop
+from lmeff.report.compare import at_most, compare
 from lmeff.report.schema import ArtifactRow, Comparison, Report, RuleRow, Verdict
-from lmeff.report.statistics import bootstrap_mean, paired_difference
+from lmeff.report.statistics import INTERVAL, bootstrap_mean
 from lmeff.train.evaluate import DocumentLosses
 
 Artifacts = Mapping[str, Artifact]
-INTERVAL = "intervals of losses are 95% bootstrap intervals over held-out documents; of differences, over the same documents for both artifacts."
+Losses = dict[str, DocumentLosses]
 
 
 def make_report(
@@ -39,7 +40,7 @@ def make_report(
     experiment, data = shop.experiment, shop.corpus.test
     options = experiment.evaluate
     scorers = {name: make_scorer(artifact, shop.layout, shop.policy) for name, artifact in artifacts.items()}
-    losses: dict[str, DocumentLosses] = {}
+    losses: Losses = {}
     for name, scorer in scorers.items():
         losses[name] = held_out(scorer, data, shop.layout, options.batch, options.batches)
         console.print(f"measured {name}: {losses[name].mean:.4f} nats/token", highlight=False)
@@ -47,13 +48,17 @@ def make_report(
     rows = tuple(_row(shop, stage, artifacts[stage.name], losses[stage.name], times[stage.name]) for stage in stages)
     first = losses[stages[0].name]
     claims = [claim for claim in experiment.claims if {claim.artifact, claim.of} <= artifacts.keys()]
-    comparisons = {claim: _comparison(claim, losses, options.samples) for claim in claims}
+    comparisons = [compare(c.artifact, losses[c.artifact], c.of, losses[c.of], samples=options.samples) for c in claims]
     return Report(
         name=experiment.name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         artifacts=rows,
-        comparisons=tuple(dict.fromkeys(comparisons.values())),
-        verdicts=tuple(_verdict(claim, comparisons[claim], artifacts, losses) for claim in claims),
+        comparisons=tuple(comparisons),
+        verdicts=tuple(
+            verdict
+            for claim, comparison in zip(claims, comparisons, strict=True)
+            for verdict in _verdicts(claim, comparison, artifacts, losses)
+        ),
         conventions={"FLOPs": FLOPS, "storage": STORAGE, "timing": TIMING, "interval": INTERVAL},
         environment=_environment(shop),
         config=_nested_config(experiment, sources),
@@ -128,28 +133,20 @@ def _nonzero(params: Any) -> int:
     return int(sum(int(value) for value in values))
 
 
-def _comparison(claim: Claim, losses: Mapping[str, DocumentLosses], samples: int) -> Comparison:
-    a, b = losses[claim.artifact], losses[claim.of]
-    difference, low, high = paired_difference((a.nats, a.tokens), (b.nats, b.tokens), samples=samples)
-    return Comparison(a=claim.artifact, b=claim.of, difference=difference, interval=(low, high))
-
-
-def _verdict(
-    claim: Claim, comparison: Comparison, artifacts: Artifacts, losses: Mapping[str, DocumentLosses]
-) -> Verdict:
-    base = losses[claim.of].mean
+def _verdicts(claim: Claim, comparison: Comparison, artifacts: Artifacts, losses: Losses) -> list[Verdict]:
+    """Whether a claim holds, with the arithmetic."""
+    loss, base = losses[claim.artifact].mean, losses[claim.of].mean
     rise = comparison.difference / base
-    allowed = f"within {claim.within:.1%} of" if claim.within else "no worse than"
-    text, passed = f"{claim.artifact} is {allowed} {claim.of}", bool(rise <= claim.within)
+    bound = f"within {claim.within:.1%} of" if claim.within else "no worse than"
     low, high = comparison.interval
-    detail = f"loss {losses[claim.artifact].mean:.4f} against {base:.4f} ({rise:+.2%}); difference {comparison.difference:+.4f} [{low:+.4f}, {high:+.4f}]"
+    detail = f"loss {loss:.4f} against {base:.4f}, {rise:+.2%}; difference {comparison.difference:+.4f} [{low:+.4f}, {high:+.4f}] nats/token"
+    found = [at_most(f"{claim.artifact} is {bound} {claim.of} in loss", rise, claim.within, detail)]
     if claim.bytes_at_most is not None:
         packed, dense = quantized_bytes(artifacts[claim.artifact].effective())
-        share = packed / dense
-        passed = passed and share <= claim.bytes_at_most
-        text += f", its quantized leaves at most {claim.bytes_at_most:g} of their float32 bytes"
-        detail += f"; {share:.3f} of the bytes"
-    return Verdict(claim=text, passed=passed, measured=rise, bound=claim.within, detail=detail)
+        text = f"the quantized leaves of {claim.artifact} take at most {claim.bytes_at_most:g} of their float32 bytes"
+        share = packed / dense if dense else float("nan")
+        found.append(at_most(text, share, claim.bytes_at_most, f"{packed:,} of {dense:,} bytes"))
+    return found
 
 
 def _environment(shop: Workshop) -> dict[str, Any]:

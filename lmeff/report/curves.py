@@ -7,9 +7,9 @@ import numpy as np
 
 from lmeff.report import words
 from lmeff.report.figures import Plot, add_axes, line_between, make_plot, short, write
-from lmeff.report.frontier import log_ticks
+from lmeff.report.frontier import log_ticks, short_number
 from lmeff.report.schema import ArtifactRow, Report
-from lmeff.report.svg import COLORS, MARK, SERIES, text_size
+from lmeff.report.svg import COLORS, SERIES, mark, text_size
 
 HEIGHT = 372.0
 BUCKETS = 80  # points of a curve
@@ -69,13 +69,13 @@ def _draw(figure: Any, curves: list[Curve], top: float) -> None:
     span = top - low or 0.1 * abs(low) or 0.1
     axes.set_ylim(low - 0.06 * span, top + 0.04 * span)
     ticks = log_ticks(first, last, 10)
-    axes.set_xticks(ticks, [words.count(tick).replace(".00", "") for tick in ticks])
+    axes.set_xticks(ticks, [short_number(words.count(tick)) for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("training tokens, log scale")
     for position, curve in enumerate(curves):
         axes.plot(
             curve.tokens, curve.losses, color=_color(position), linewidth=1.6, linestyle=("-", "--", ":")[position // SERIES % 3],
-            gid=f"{MARK}{curve.row.name}", zorder=3,
+            gid=mark(curve.row.name), zorder=3,
         )  # fmt: skip
     _label_ends(axes, curves, names, max(height for _, height in sizes) + 1)
 

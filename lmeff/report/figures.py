@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 from lmeff.core.extras import require
 from lmeff.report.svg import COLORS, FONT, make_figure, style, to_inline
+from lmeff.report.words import printable
 
 WIDTHS = {"wide": 560.0, "narrow": 384.0}
-LONGEST = 26  # characters of a name inside a picture; the tooltip has it whole
+LONGEST = 25  # characters of a name inside a picture; the tooltip has it whole
 
 
 class Plot(NamedTuple):
@@ -35,12 +36,13 @@ def make_plot(
 
 
 def short(name: str) -> str:
-    """A name that fits into a picture."""
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+    """A name that fits into a picture: its beginning and its end, where names of one family differ."""
+    name = printable(name)
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 11]}…{name[-10:]}"
 
 
 def add_axes(
-    figure: Any, unit: str, *, left: float = 46, right: float = 16, bottom: float = 48, top: float = 30
+    figure: Any, unit: str, *, left: float = 46, right: float = 16, bottom: float = 52, top: float = 30
 ) -> Any:
     """Axes with fixed margins in pixels. The unit stands level above the upright axis, where it is read without turning the head."""
     width, height = figure.get_size_inches() * 72

@@ -4,9 +4,9 @@ import math
 from typing import Any
 
 from lmeff.report import words
-from lmeff.report.figures import Plot, add_axes, make_plot, write
+from lmeff.report.figures import Plot, add_axes, make_plot, short, write
 from lmeff.report.schema import Comparison, Report
-from lmeff.report.svg import COLORS, MARK
+from lmeff.report.svg import COLORS, mark
 
 ROW = 52.0
 
@@ -47,6 +47,12 @@ def _draw(figure: Any, comparisons: list[Comparison]) -> None:
             axes.plot(c.interval, [y, y], color=color, linewidth=2, alpha=0.75)
         axes.plot(
             [c.difference], [y], marker="o", markersize=9, color=color, markerfacecolor=color if sure else COLORS["page"],
-            markeredgewidth=1.5, linestyle="none", gid=f"{MARK}{name(c)}", zorder=5,
+            markeredgewidth=1.5, linestyle="none", gid=mark(name(c)), zorder=5,
         )  # fmt: skip
-        write(axes, edge.x0, edge.y1 - ROW * (position + 0.48), f"{name(c)}:  {c.difference:+.4f}", COLORS["ink"])
+        write(
+            axes,
+            edge.x0,
+            edge.y1 - ROW * (position + 0.48),
+            f"{short(c.a)} − {short(c.b)}:  {c.difference:+.4f}".replace(" -", " −"),
+            COLORS["ink"],
+        )

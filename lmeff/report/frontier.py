@@ -13,11 +13,11 @@ from lmeff.report.figures import Plot, add_axes, line_between, make_plot, short,
 from lmeff.report.labels import Box, place, segment
 from lmeff.report.schema import ArtifactRow, Report
 from lmeff.report.statistics import pareto
-from lmeff.report.svg import COLORS, MARK, text_size
+from lmeff.report.svg import COLORS, mark, text_size
 from lmeff.report.words import Axis
 
 HEIGHT = 372.0
-RADIUS = 4.2  # of a mark, in pixels
+RADIUS = 4.6  # of a mark, in pixels
 FAR = 4.0  # a loss further above the best than this many times the median's distance does not set the scale
 
 
@@ -89,7 +89,7 @@ def _draw_frontier(figure: Any, report: Report, axis: Axis, found: Frontier, top
     axes.set_xscale("log")
     _limit_costs(axes, costs, found, axis)
     ceiling = _limit_losses(axes, found.rows, top)
-    axes.set_xlabel(f"{axis.title}, log scale" + (" (quartiles)" if axis.key == "ms" else ""))
+    axes.set_xlabel(f"{axis.unit}, log scale" + ("; level bars are quartiles" if axis.key == "ms" else ""))
     shown = np.array([min(row.loss, ceiling) for row in found.rows])
     _draw_staircase(axes, costs[found.best], shown[found.best])
     for row, cost, y, best in zip(found.rows, costs, shown, found.best):
@@ -108,21 +108,29 @@ def _limit_costs(axes: Any, costs: np.ndarray, found: Frontier, axis: Axis) -> N
 
 
 def _tick(axis: Axis, value: float) -> str:
-    return axis.show(value).replace(".00", "").replace(".0 ", " ") if axis.key != "ms" else f"{value:g}"
+    return f"{value:g}" if axis.key == "ms" else short_number(axis.show(value))
+
+
+def short_number(text: str) -> str:
+    """`10.0 M` as `10 M`, for ticks that are round numbers anyway."""
+    number, _, unit = text.partition(" ")
+    return f"{number.rstrip('0').rstrip('.') if '.' in number else number} {unit}".strip()
+
+
+MULTIPLES = ((1.0, 2.0, 5.0), (1.0, 2.0, 3.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0))
 
 
 def log_ticks(low: float, high: float, base: int) -> list[float]:
-    """Two to six round numbers for a logarithmic axis: powers of 2 (`base` 2), or 1, 2, 5 times powers of 10."""
+    """About three to five round numbers for a logarithmic axis: powers of 2 (`base` 2), or few multiples of powers of 10."""
     steps = range(math.floor(math.log(low, base)) - 1, math.ceil(math.log(high, base)) + 2)
     powers = [float(base) ** step for step in steps]
-    choices = [[p * m for p in powers for m in (1, 2, 5)]] if base == 10 else []
-    choices += [powers[offset::stride] for stride in (1, 2, 3, 4, 6, 8, 10) for offset in (0,)]
-    for choice in choices:
+    finer = [[p * m for p in powers for m in multiples] for multiples in MULTIPLES] if base == 10 else []
+    for choice in [powers, *finer, *(powers[::stride] for stride in (2, 3, 4, 6, 8, 10))]:
         inside = [tick for tick in choice if low <= tick <= high]
-        if 2 <= len(inside) <= 5:
+        if 3 <= len(inside) <= 5:
             return inside
     ticker = require("matplotlib.ticker", extra="report")
-    return [float(tick) for tick in ticker.MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+    return [float(tick) for tick in ticker.MaxNLocator(3).tick_values(low, high) if low <= tick <= high]
 
 
 def _limit_losses(axes: Any, rows: Sequence[ArtifactRow], top: float) -> float:
@@ -155,10 +163,12 @@ def _draw_point(axes: Any, row: ArtifactRow, axis: Axis, cost: float, y: float, 
     if quartiles is not None and math.isfinite(sum(quartiles)):
         axes.plot(quartiles, [y, y], **bar)
     marker = ("s" if is_base else "o") if inside else "^"
+    look: dict[str, Any] = {"markerfacecolor": color if best else COLORS["page"], "markeredgewidth": 0 if best else 1.5}
+    # A dot is smaller than a ring and above it: two artifacts in one place stay two.
+    diameter = 2 * RADIUS - (0.4 if best else 0) - (1.0 if is_base and best else 0)
     axes.plot(
-        [cost], [y], marker=marker, markersize=2 * RADIUS, color=color, markerfacecolor=color if best else COLORS["page"],
-        markeredgewidth=1.5, linestyle="none", zorder=5, gid=f"{MARK}{row.name}",
-    )  # fmt: skip
+        [cost], [y], marker, markersize=diameter, color=color, zorder=6 if best else 5, gid=mark(row.name), **look
+    )
 
 
 def _label_points(figure: Any, axes: Any, found: Frontier, axis: Axis, costs: np.ndarray, shown: np.ndarray) -> None:

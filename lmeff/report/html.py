@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def render(report: Report) -> str:
         settings=config_rows(report.config),
         environment=config_rows(report.environment),
         facts=_facts(report),
+        made=words.moment(report.created),
         number=words.number,
         shape=lambda shape: " × ".join(map(str, shape)) or "scalar",
     )
@@ -47,14 +49,17 @@ def _template() -> Any:
 
 @functools.cache
 def _environment(jinja2: Any) -> Any:
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lmeff.report", "templates"),
         autoescape=True,
+        finalize=lambda value: words.printable(value) if type(value) is str else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["minus"] = lambda text: re.sub(r"(?<![\w.-])-(?=\d)", "−", text)
+    return environment
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
@@ -82,7 +87,7 @@ def _row(report: Report, row: ArtifactRow) -> dict[str, Any]:
         "loss": words.loss(row.loss),
         "interval": f"{words.loss(low)} to {words.loss(high)}" if math.isfinite(low + high) else "no interval",
         "excess": "baseline" if row is base else words.percent(words.excess(row, base)),
-        "bits_per_byte": words.number(row.bits_per_byte, 4),
+        "bits_per_byte": f"{row.bits_per_byte:.3f}" if math.isfinite(row.bits_per_byte) else words.DASH,
         "parameters": words.count(row.parameters),
         "nonzero": f"{row.nonzero_parameters / row.parameters:.0%} not zero" if row.parameters else "",
         "bytes": words.size(row.stored_bytes),

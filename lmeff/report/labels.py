@@ -74,7 +74,7 @@ def _cost(option: Place, point: tuple[float, float], within: Box, taken: Sequenc
     middle = ((left + right) / 2, (bottom + top) / 2)
     near = math.dist(point, (min(max(point[0], left), right), min(max(point[1], bottom), top)))
     cost = near + 0.02 * math.dist(point, middle)
-    cost += sum(12 + 0.4 * overlap(option.box, other) for other in soft if overlap(option.box, other))
+    cost += sum(16 + 0.4 * overlap(option.box, other) for other in soft if overlap(option.box, other))
     if option.leader is not None:
         cost += 10 + 60 * sum(_crosses(point, option.leader, other) for other in taken)
     return cost

@@ -2,12 +2,14 @@
 
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from xml.etree import ElementTree
 
 from lmeff.core.extras import require
+from lmeff.report.words import printable
 
 SVG = "{http://www.w3.org/2000/svg}"
 HREF = "{http://www.w3.org/1999/xlink}href"
@@ -26,6 +28,7 @@ STYLE = {
     "axes.edgecolor": COLORS["muted"],
     "axes.labelcolor": COLORS["muted"],
     "axes.labelsize": FONT,
+    "axes.labelpad": 7,
     "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -47,8 +50,14 @@ STYLE = {
 def style(salt: str) -> Iterator[None]:
     """The look of every plot, whatever the user's own matplotlibrc says; `salt` makes the identifiers of a picture its own."""
     sheets = require("matplotlib.style", extra="report")
-    with sheets.context(["default", STYLE | {"svg.hashsalt": salt}]):
+    with warnings.catch_warnings(), sheets.context(["default", STYLE | {"svg.hashsalt": salt}]):
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has the fonts, not Matplotlib
         yield
+
+
+def mark(name: str) -> str:
+    """The gid of the artist that stands for `name`."""
+    return f"{MARK}{printable(name)}"
 
 
 def make_figure(width: float, height: float) -> Any:
@@ -70,22 +79,24 @@ def to_inline(figure: Any, name: str, label: str, titles: dict[str, str]) -> str
 
     name:   prefix of all identifiers, unique in the page, and part of the class name.
     label:  what the picture shows, for those who do not see it.
-    titles: tooltip by mark; an artist whose gid is `mark:KEY` becomes `data-mark="KEY"`.
+    titles: tooltip by mark; an artist whose gid is `mark(KEY)` becomes `data-mark="KEY"`.
     """
     raw = io.StringIO()
     figure.savefig(raw, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     root = ElementTree.fromstring(raw.getvalue())
     _drop_sheets(root)
-    for element in root.iter():
+    tooltips = {printable(key): printable(text) for key, text in titles.items()}
+    for element in list(root.iter()):
         _clean(element, name)
-        mark = element.attrib.get("data-mark")
-        if mark in titles:
+        if (text := tooltips.get(element.attrib.get("data-mark", ""))) is not None:
             tooltip = ElementTree.Element("title")
-            tooltip.text = titles[mark]
+            tooltip.text = text
             element.insert(0, tooltip)
     _, _, width, height = root.attrib["viewBox"].split()
     root.attrib.clear()
-    root.attrib.update({"class": "drawing", "viewBox": f"0 0 {width} {height}", "role": "img", "aria-label": label})
+    root.attrib.update(
+        {"class": "drawing", "viewBox": f"0 0 {width} {height}", "role": "img", "aria-label": printable(label)}
+    )
     return ElementTree.tostring(root, encoding="unicode")
 
 

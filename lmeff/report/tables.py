@@ -96,7 +96,7 @@ def _points(console: Console, sentences: Iterable[str]) -> None:
 
 def _cell(console: Console, text: str, style: str = "") -> Text:
     """Plain text: what looks like markup in a name stays what it is, and a terminal without Unicode gets ASCII."""
-    shown = "".join(character if character.isprintable() else "?" for character in text)
+    shown = words.printable(text)
     if console.options.ascii_only:
         for character, plain in {"±": "+-", "×": "x", "–": "-"}.items():
             shown = shown.replace(character, plain)

@@ -1,11 +1,14 @@
 """Numbers as people read them, and results as sentences. Every sentence is computed from the report, also when a claim failed."""
 
 import math
+import unicodedata
 from collections.abc import Callable
+from datetime import datetime
 from typing import NamedTuple
 
 from lmeff.report.schema import ArtifactRow, Comparison, Interval, Report
 
+LEADING = 2  # comparisons that are told among the headlines
 CLOSE = 0.01  # a loss within 1% of the baseline's counts as close to it
 DASH = "–"
 
@@ -63,6 +66,20 @@ def ratio(value: float | None, base: float | None) -> str:
     return f"×{number(value / base, 2)}"
 
 
+def printable(text: str) -> str:
+    """Without control characters and lone surrogates, which XML refuses and terminals obey."""
+    return "".join("?" if unicodedata.category(character) in ("Cc", "Cs") else character for character in text)
+
+
+def moment(text: str) -> str:
+    """An ISO 8601 time as `2026-03-04 05:06 UTC`; what is none stays as it is."""
+    try:
+        when = datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    return f"{when:%Y-%m-%d %H:%M} {when.tzname() or ''}".strip()
+
+
 def plural(how_many: int, noun: str) -> str:
     """`1 document`, `2 documents`."""
     return f"{how_many:,} {noun}{'' if how_many == 1 else 's'}"
@@ -118,7 +135,7 @@ def headlines(report: Report) -> list[str]:
         _smallest(report),
         _fastest(report),
         _claims(report),
-        *map(comparison_text, report.comparisons),
+        *map(comparison_text, report.comparisons[:LEADING]),
         _diverged(report),
     ]
     return [sentence for sentence in found if sentence]

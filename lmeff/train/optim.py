@@ -160,8 +160,9 @@ def stored_as(dtype: Any, inner: optax.GradientTransformation) -> optax.Gradient
 
 def ema_update(average: Any, new: Any, decay: float) -> Any:
     """`decay * average + (1 - decay) * new`, in the dtype of `average`."""
-    mixed = optax.incremental_update(new, average, 1 - decay)
-    return jax.tree.map(lambda m, a: m.astype(a.dtype), mixed, average)
+    # A bfloat16 weight times a Python number would round before it is averaged.
+    wide = jax.tree.map(lambda n, a: n.astype(a.dtype), new, average)
+    return optax.incremental_update(wide, average, 1 - decay)
 
 
 def _cosine(config: OptimConfig, steps: int) -> Schedule:
@@ -181,7 +182,7 @@ def _wsd(config: OptimConfig, steps: int) -> Schedule:
 
 def _rsqrt(config: OptimConfig, steps: int) -> Schedule:
     start = max(config.warmup_steps, 1)
-    return lambda step: config.learning_rate * jnp.sqrt(start / (start + step))
+    return lambda step: config.learning_rate * jnp.sqrt(start / (start + jnp.maximum(step, 0)))
 
 
 SCHEDULES: dict[str, Callable[[OptimConfig, int], Schedule]] = {

@@ -19,7 +19,7 @@ from lmeff.distill.objectives import Projection, head_objective
 from lmeff.models.config import ModelConfig
 from lmeff.models.cost import flops_per_token
 from lmeff.models.transformer import param_specs
-from lmeff.parallel.mesh import MeshPlan, make_layout
+from lmeff.parallel.mesh import MeshPlan, make_layout, shardings
 from lmeff.train.optim import OPTIMIZERS, OptimConfig, make_optimizer
 from lmeff.train.state import build_state, create_state
 from lmeff.train.step import Frozen, Model, Runtime, make_train_step
@@ -136,8 +136,7 @@ def runtime(cfg, tx, compression):
     )
 
 
-def train_steps(rt, state, first, steps):
-    step = jax.jit(make_train_step(rt))
+def train_steps(step, state, first, steps):
     losses = []
     for i in range(first, first + steps):
         state, metrics = step(state, jax.tree.map(jnp.asarray, make_batch(seed=i)), Frozen())
@@ -152,19 +151,19 @@ def test_trains_on_as_the_masked_model_does(optimizer):
     cut = random_plan(cfg, {"ffn": 16, "kv_heads": 1, "layers": 2})
     optim = OptimConfig(name=optimizer, learning_rate=1e-3, schedule="constant", warmup_steps=0, weight_decay=0.1)
     tx = make_optimizer(optim, 40, policy=Policy(), specs=param_specs(cfg))
-    whole = runtime(cfg, tx, identity())
-    state, _ = train_steps(whole, build_state(params, whole.specs, identity(), tx, ema=True), 0, 5)
-
     masks = masked(cfg, cut)
-    big = runtime(cfg, tx, masking(masks))
-    aux = big.compression.init(params, big.specs).auxiliary
-    big_state, big_losses = train_steps(big, state._replace(auxiliary=aux), 5, 10)
+    big, open_ = runtime(cfg, tx, masking(masks)), masking(jax.tree.map(jnp.ones_like, masks))
+    big_step = jax.jit(make_train_step(big))
+    state = create_state(params, big.specs, open_, tx, ONE, ema=True)
+    state, _ = train_steps(big_step, state, 0, 5)
+    masks_state = big.compression.init(params, big.specs).auxiliary
+    big_state, big_losses = train_steps(big_step, state._replace(auxiliary=masks_state), 5, 10)
 
-    new, small_params, small_state = shrink(cfg, state.trainable.params, state, cut)
-    np.testing.assert_array_equal(*(jax.tree.leaves(x)[-1] for x in (small_params, small_state.trainable.params)))
+    new, small_params, small_state = shrink(cfg, state.trainable.params, state._replace(auxiliary={}), cut)
     small_tx = make_optimizer(optim, 40, policy=Policy(), specs=param_specs(new))
     small = runtime(new, small_tx, identity())
-    small_state, small_losses = train_steps(small, small_state, 5, 10)
+    small_step = jax.jit(make_train_step(small))
+    small_state, small_losses = train_steps(small_step, small_state, 5, 10)
 
     np.testing.assert_allclose(small_losses, big_losses, atol=1e-5)
     assert small_losses[-1] < small_losses[0]
@@ -174,7 +173,9 @@ def test_trains_on_as_the_masked_model_does(optimizer):
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
     # Control: moments that start anew do not give this training.
-    fresh, _ = train_steps(small, build_state(small_params, small.specs, identity(), small_tx, ema=True), 5, 10)
+    fresh, _ = train_steps(
+        small_step, create_state(small_params, small.specs, identity(), small_tx, ONE, ema=True), 5, 10
+    )
     moved = np.abs(fresh.trainable.params["blocks"]["mlp"]["up"] - small_state.trainable.params["blocks"]["mlp"]["up"])
     assert moved.max() > 1e-4
 
@@ -193,19 +194,17 @@ def test_every_optimizer_state_has_the_smaller_shape(optimizer):
             jax.random.key(0),
         )
 
-    def cut_state(key):
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), born(cfg))
-
-    _, _, got = shrink(cfg, params, cut_state(None), cut)
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), born(cfg))
+    _, _, got = shrink(cfg, params, state, cut)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), got) == jax.tree.map(lambda x: (x.shape, x.dtype), born(new))
 
 
 def test_factored_moments_are_refused():
     cfg = ModelConfig(vocab=8, width=128, layers=1, heads=2, kv_heads=1, ffn=128)
-    params = jax.tree.map(jnp.zeros_like, initialize(jax.random.key(0), param_specs(cfg)))
+    params = map_with_path(lambda _, spec: np.zeros(spec.shape, np.float32), param_specs(cfg))
     tx = make_optimizer(OptimConfig(name="adafactor"), 10, policy=Policy(), specs=param_specs(cfg))
     with pytest.raises(ConfigError, match=r"v_row.*cannot be cut exactly.*adamw"):
-        shrink(cfg, params, tx.init(params), random_plan(cfg, {"ffn": 64}))
+        shrink(cfg, params, jax.jit(tx.init)(params), random_plan(cfg, {"ffn": 64}))
 
 
 def test_compression_state_is_cut_along():
@@ -219,7 +218,7 @@ def test_compression_state_is_cut_along():
 
     transform = LeafTransform(init, lambda w, t, a: w, lambda w, g, t, a, s: a, lambda w, t, a: w)
     compression = only(((".*(wq|wk|wo|up|down)", True), (".*", False)), per_leaf(transform))
-    state = compression.init(params, param_specs(cfg))
+    state = jax.jit(lambda p: compression.init(p, param_specs(cfg)))(params)
     new, small, got = shrink(cfg, params, state, cut)
     fresh = compression.init(small, param_specs(new))
     assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, fresh)
@@ -245,8 +244,8 @@ def test_packed_weights_are_cut_where_that_is_exact():
 
     packed = pack("int8")
     _, small, _ = shrink(cfg, packed, None, cut)
-    _, want, _ = shrink(cfg, materialize(packed), None, cut)
-    for a, b in zip(jax.tree.leaves(materialize(small)), jax.tree.leaves(want), strict=True):
+    _, want, _ = shrink(cfg, jax.jit(materialize)(packed), None, cut)
+    for a, b in zip(jax.tree.leaves(jax.jit(materialize)(small)), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ConfigError, match=r"'mlp'\]\['down'\].*regroup"):
         shrink(cfg, pack("int4/g8"), None, cut)
@@ -267,6 +266,20 @@ def test_sharded_models_are_cut_the_same():
         np.testing.assert_array_equal(a, b)
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
     assert small["blocks"]["mlp"]["up"].sharding.spec[2] == "tensor"
+
+
+def test_every_moment_is_laid_out_like_its_parameter():
+    cfg, _ = variant("multi-head, gelu gate, head norms")
+    layout = make_layout(MeshPlan(data=2, fsdp=2, tensor=2))
+    specs = param_specs(cfg)
+    for optimizer in ("adamw", "muon"):  # Muon's state has dict keys of its own around the parameters'
+        tx = make_optimizer(OptimConfig(name=optimizer), 10, policy=Policy(), specs=specs)
+        opt = jax.eval_shape(lambda tx=tx: tx.init(initialize(jax.random.key(0), specs)))
+        flat = jax.tree_util.tree_flatten_with_path(shardings(opt, specs, layout))[0]
+        found = {jax.tree_util.keystr(path[-3:]): sharding for path, sharding in flat}
+        want = layout.sharding("LDF", (3, 32, 24))
+        assert found["['blocks']['mlp']['up']"] == want, optimizer
+        assert "tensor" in want.spec
 
 
 # ---- bad inputs

@@ -1,18 +1,26 @@
-"""A small corpus from the standard library, built once, with what it should hold computed by hand."""
+"""A small corpus from the standard library, built once; and a file of the user's own."""
+
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from lmeff.data.config import DataConfig
-from lmeff.data.loader import build
+from lmeff.data.loader import Corpus, build
 
-SMALL = DataConfig(max_bytes=400_000, sequence=48)
+
+class Small(NamedTuple):
+    corpus: Corpus
+    folder: Path
+    config: DataConfig
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """(corpus, folder) of `SMALL` with batches of 4."""
+    """Built with seed 7 and batches of 4."""
     folder = tmp_path_factory.mktemp("small") / "data"
-    return build(SMALL, folder, 7, batch=4), folder
+    config = DataConfig(max_bytes=400_000, sequence=48)
+    return Small(build(config, folder, 7, batch=4), folder, config)
 
 
 @pytest.fixture

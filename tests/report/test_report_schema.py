@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from sample import make_report
+from report_sample import make_report
 
 from lmeff.core.errors import CheckpointError, DataError
 from lmeff.report.schema import ArtifactRow, Comparison, Report, config_rows

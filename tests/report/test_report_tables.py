@@ -4,8 +4,8 @@ import io
 import math
 
 import pytest
+from report_sample import make_report
 from rich.console import Console
-from sample import make_report
 
 from lmeff.report import words
 from lmeff.report.schema import ArtifactRow, Comparison, Report, RuleRow, Verdict

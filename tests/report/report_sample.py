@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 
-from lmeff.report.schema import ArtifactRow, Comparison, Report, RuleRow, Verdict
-from lmeff.report.statistics import INTERVAL, bootstrap_mean, paired_difference
-from lmeff.report.words import comparison_sentence
+from lmeff.report.compare import at_most, compare
+from lmeff.report.schema import ArtifactRow, Report, RuleRow
+from lmeff.report.statistics import INTERVAL, bootstrap_mean
 
 DOCUMENTS = 400
 BYTES_PER_TOKEN = 3.62
@@ -114,42 +114,22 @@ def artifact(name, losses, rng):
     )
 
 
-def compared(a, b, losses):
-    difference, low, high = paired_difference(losses[a], losses[b], samples=500)
-    found = Comparison(a=a, b=b, difference=difference, interval=(low, high))
-    return Comparison(a=a, b=b, difference=difference, interval=(low, high), sentence=comparison_sentence(found))
-
-
 def make_report(**changes):
     losses, rng = document_losses(), np.random.default_rng(3)
     rows = {name: artifact(name, losses, rng) for name in ARTIFACTS}
+    student = compare("student", losses["student"], "control", losses["control"], samples=500)
+    slower = rows["shrunk-qat-int4"].ms_per_token / rows["shrunk-recovered"].ms_per_token
     gap = rows["qat-int8"].loss / rows["teacher"].loss - 1
     fields = {
         "name": "tinystories-demo",
         "created": "2026-03-04T05:06:07+00:00",
         "artifacts": tuple(rows.values()),
-        "comparisons": (compared("student", "control", losses), compared("qat-int8", "teacher", losses)),
+        "comparisons": (student, compare("qat-int8", losses["qat-int8"], "teacher", losses["teacher"], samples=500)),
         "verdicts": (
-            Verdict(
-                claim="int8 export within 0.5% of its teacher",
-                passed=abs(gap) <= 0.005,
-                measured=gap,
-                bound=0.005,
-                detail="loss ratio - 1",
-            ),
-            Verdict(
-                claim="the distilled student beats its control",
-                passed=True,
-                measured=-0.04,
-                bound=0.0,
-                detail="upper end of the interval < 0",
-            ),
-            Verdict(
-                claim="int4 composition decodes faster than float",
-                passed=False,
-                measured=1.09,
-                bound=1.0,
-                detail="ms/token over ms/token",
+            at_most("int8 export within 0.5% of its teacher", gap, 0.005, "loss ratio - 1"),
+            at_most("the distilled student beats its control", student.interval[1], 0.0, "upper end of the interval"),
+            at_most(
+                "int4 composition is faster than the model it was made from", slower, 1.0, "ms/token over ms/token"
             ),
         ),
         "conventions": {

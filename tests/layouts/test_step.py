@@ -1,0 +1,66 @@
+"""The compiled step: traced once, and the same gradients whatever the backward pass keeps."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from lmeff.models.transformer import REMAT
+from lmeff.parallel.mesh import MeshPlan, make_layout
+from lmeff.train.step import gradients, make_train_step
+from tests.layouts.trial import MODELS, UNOPTIMIZED, Mesh, leaves, make_inputs, make_runtime, relative
+
+
+@pytest.mark.parametrize("mesh", [Mesh(data=2, fsdp=2, tensor=2, accumulate=2)])
+def test_a_step_is_traced_once_and_takes_over_its_state(mesh):
+    rt = make_runtime(mesh, "all")
+    state, batch, frozen = make_inputs(rt, mesh)
+    traces = []
+
+    def step(*args):
+        traces.append(1)
+        return make_train_step(rt)(*args)
+
+    out = jax.tree.map(lambda x: x.sharding, state)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(out, None), compiler_options=UNOPTIMIZED)
+    first, _ = jitted(state, batch, frozen)
+    second, _ = jitted(first, batch, frozen)
+    third, _ = jitted(second, batch, frozen)
+    assert len(traces) == 1
+    assert int(third.step) == 3
+    assert all(x.is_deleted() for x in jax.tree.leaves((first.trainable, second.opt[1], second.auxiliary)))
+    assert jax.tree.map(lambda x: x.sharding, third) == out
+
+
+@pytest.fixture(scope="module")
+def policies():
+    """`{policy: (gradients, temporary bytes)}` of a deeper model on one device."""
+    mesh = Mesh(model="deep")
+    found = {}
+    for policy in REMAT:
+        rt = make_runtime(dataclasses.replace(mesh, remat=policy), "plain", make_layout(MeshPlan(), jax.devices()[:1]))
+        state, batch, frozen = make_inputs(rt, mesh, rows=64)
+
+        def grads(state, batch, frozen, rt=rt):
+            return gradients(rt, state.trainable, state.auxiliary, batch, frozen, 1.0)[0]
+
+        compiled = jax.jit(grads).lower(state, batch, frozen).compile(UNOPTIMIZED)
+        found[policy] = leaves(compiled(state, batch, frozen)), compiled.memory_analysis().temp_size_in_bytes
+    return found
+
+
+def test_what_is_kept_does_not_change_gradients(policies):
+    want = policies["none"][0]
+    for policy, (got, _) in policies.items():
+        for path, gradient in want.items():
+            assert relative(got[path], gradient) <= 1e-6, (policy, path)
+
+
+def test_keeping_less_takes_less_memory(policies):
+    none, dots, names, full = (policies[policy][1] for policy in ("none", "dots", "names", "full"))
+    print(f"\ntemporary bytes: none {none}, dots {dots}, names {names}, full {full}")
+    assert none > dots > names > full
+    cfg = MODELS["deep"]
+    kept = 64 * 16 * 4 * (cfg.heads * cfg.head_size + cfg.ffn) * cfg.layers  # attention outputs and ffn hidden states
+    assert np.isclose(names - full, kept, rtol=0.15)

@@ -1,0 +1,193 @@
+"""Five train steps of a tiny model on a mesh, with everything a layout could get wrong recorded."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lmeff.compress.activations import Activations
+from lmeff.compress.config import MATRICES, Prune, Quantize, build
+from lmeff.core.batch import Batch
+from lmeff.core.ops import FLOATING
+from lmeff.core.precision import Policy
+from lmeff.core.specs import initialize
+from lmeff.core.tree import map_with_path
+from lmeff.distill.objectives import Distill, Projection, head_objective
+from lmeff.models.config import ModelConfig
+from lmeff.models.transformer import param_specs
+from lmeff.parallel.mesh import MeshPlan, make_layout, place_batch, shardings
+from lmeff.train.optim import OptimConfig, make_optimizer
+from lmeff.train.state import create_state
+from lmeff.train.step import Frozen, Model, Runtime, make_train_step
+
+ROWS, TOKENS, STEPS = 16, 16, 5
+UNOPTIMIZED = {"xla_backend_optimization_level": 0}  # of LLVM: half the compile time, the same HLO
+
+MODELS = {
+    "grouped": ModelConfig(vocab=96, width=64, layers=2, heads=8, kv_heads=4, ffn=128, tied=False),
+    "tied": ModelConfig(vocab=96, width=64, layers=2, heads=8, kv_heads=8, ffn=128, qk_norm=True, logit_softcap=20.0),
+    "deep": ModelConfig(vocab=96, width=32, layers=8, heads=4, kv_heads=4, ffn=128),
+}
+TEACHER = ModelConfig(vocab=96, width=32, layers=2, heads=8, kv_heads=8, ffn=64, tied=False)
+INT8 = Quantize(rules=((MATRICES, "int8"), (".*", None)))
+LSQ = Quantize(method="lsq", rules=((MATRICES, "int4/g16"), (".*", None)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feature:
+    """What is composed with the layout."""
+
+    compress: tuple[Any, ...] = ()
+    distill: Distill | None = None
+    activations: Activations | None = None
+
+
+KD = Distill(teacher="teacher", mix=0.7, temperature=2.0)
+FEATURES = {
+    "plain": Feature(),
+    "weights": Feature(compress=(LSQ,)),
+    "mask": Feature(compress=(Prune(pattern="2:4"),)),
+    "teacher": Feature(distill=KD),
+    "all": Feature(compress=(Prune(sparsity=0.5, scope="global"), INT8), distill=KD),
+    "activations": Feature(compress=(INT8,), activations=Activations()),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """A layout and the knobs that must not change results."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    accumulate: int = 1
+    remat: str = "none"
+    model: str = "grouped"
+
+    @property
+    def degrees(self):
+        return (self.data, self.fsdp, self.tensor)
+
+    @property
+    def devices(self):
+        return self.data * self.fsdp * self.tensor
+
+    @property
+    def layout(self):
+        plan = MeshPlan(data=self.data, fsdp=self.fsdp, tensor=self.tensor)
+        return make_layout(plan, jax.devices()[: self.devices])
+
+
+class Trial(NamedTuple):
+    """metrics of every step; leaves by path: first gradients, last parameters, the first auxiliary state; shard shapes; the compiled step."""
+
+    metrics: list[dict[str, float]]
+    gradients: dict[str, np.ndarray]
+    final: dict[str, np.ndarray]
+    auxiliary: dict[str, np.ndarray]
+    shards: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    compiled: Any
+
+
+def make_batch(rows=ROWS, tokens=TOKENS, vocab=96, seed=0):
+    """Two documents in every row, cut at a different place in each, some with padding behind."""
+    random = np.random.default_rng(seed)
+    ids = random.integers(0, vocab, (rows, tokens), dtype=np.int32)
+    segments, positions = np.ones_like(ids), np.tile(np.arange(tokens, dtype=np.int32), (rows, 1))
+    for row in range(rows):
+        cut = random.integers(3, tokens - 4)
+        segments[row, cut:], positions[row, cut:] = 2, np.arange(tokens - cut)
+        if row % 3 == 0:
+            segments[row, -3:], positions[row, -3:] = 0, 0
+    weights = np.zeros((rows, tokens), np.float32)
+    weights[:, :-1] = (segments[:, 1:] == segments[:, :-1]) & (segments[:, :-1] > 0)
+    return Batch(ids, np.where(weights > 0, np.roll(ids, -1, 1), 0), segments, positions, weights)
+
+
+def make_params(cfg, seed):
+    """Larger than at the start of training, so that attention is far from uniform and a teacher has opinions."""
+    params = initialize(jax.random.key(seed), param_specs(cfg))
+    return map_with_path(lambda path, w: w if "norm" in path else w * 5, params)
+
+
+def keep_gradients():
+    """An optimizer in front of the real one whose state is the last gradient."""
+    return optax.GradientTransformationExtraArgs(
+        lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, state, params=None, **extra: (grads, grads)
+    )
+
+
+def make_runtime(mesh, feature, layout=None):
+    cfg, layout = MODELS[mesh.model], layout or mesh.layout
+    specs, compression = param_specs(cfg), build(feature.compress)
+    numerics = feature.activations.resolve(cfg) if feature.activations else FLOATING
+    taught = feature.distill is not None
+    # Adam divides by the size of each gradient: one that is small beside the rounding of its sum becomes a step of the size of the learning rate
+    # in a random direction. What layouts differ by is therefore proportional to the learning rate, and floored by eps.
+    optim = OptimConfig(learning_rate=3e-4, schedule="constant", warmup_steps=0, eps=1e-6)
+    return Runtime(
+        student=Model(cfg, numerics, compression.apply),
+        teacher=Model(TEACHER) if taught else None,
+        specs=specs,
+        compression=compression,
+        objective=head_objective(
+            Projection(cfg, numerics), Projection(TEACHER) if taught else None, feature.distill, chunk=8
+        ),
+        tx=optax.chain(keep_gradients(), make_optimizer(optim, STEPS, policy=Policy(), specs=specs)),
+        layout=layout,
+        policy=Policy(),
+        accumulate=mesh.accumulate,
+        remat=mesh.remat,
+    )
+
+
+def make_inputs(rt, mesh, rows=ROWS):
+    """A state, a batch and the frozen arrays, all on the mesh."""
+    params = make_params(MODELS[mesh.model], 0)
+    state = create_state(params, rt.specs, rt.compression, rt.tx, rt.layout, ema=False)
+    frozen = Frozen()
+    if rt.teacher is not None:
+        teacher = make_params(TEACHER, 1)
+        frozen = Frozen(teacher=jax.device_put(teacher, shardings(teacher, param_specs(TEACHER), rt.layout)))
+    return state, place_batch(make_batch(rows), rt.layout), frozen
+
+
+def compile_step(rt, state, batch, frozen):
+    """As `train.loop.compile_step`."""
+    out = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(make_train_step(rt), donate_argnums=0, out_shardings=(out, None))
+    return step.lower(state, batch, frozen).compile(UNOPTIMIZED)
+
+
+@functools.cache
+def run(mesh, feature_name):
+    """The trial of a mesh with a feature; cached, so that several tests look at one compilation."""
+    rt = make_runtime(mesh, FEATURES[feature_name])
+    state, batch, frozen = make_inputs(rt, mesh)
+    compiled = compile_step(rt, state, batch, frozen)
+    auxiliary = leaves(state.auxiliary)
+    shards = {path: (x.shape, x.addressable_shards[0].data.shape) for path, x in by_path(state).items()}
+    metrics, first = [], {}
+    for step in range(STEPS):
+        state, values = compiled(state, batch, frozen)
+        metrics.append({name: float(value) for name, value in values.items()})
+        first = first if step else leaves(state.opt[0])
+    return Trial(metrics, first, leaves(state.trainable), auxiliary, shards, compiled)
+
+
+def by_path(tree):
+    return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def leaves(tree):
+    """`{path: NumPy array}`."""
+    return {path: np.asarray(x) for path, x in by_path(tree).items()}
+
+
+def relative(got, want):
+    """Largest difference, as a part of the largest value."""
+    return float(np.abs(got - want).max() / max(np.abs(want).max(), 1e-30))
