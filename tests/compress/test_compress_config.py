@@ -23,8 +23,7 @@ def test_the_default_rules_are_every_matrix_of_the_blocks():
         specs = param_specs(cfg)
         state = jax.eval_shape(lambda p, s=specs: build((Quantize(),)).init(p, s), _abstract(specs))
         want = {path for path, spec in flatten(specs).items() if spec.is_matmul and path.startswith("blocks/")}
-        (auxiliary,) = state.auxiliary
-        assert set(flatten(auxiliary)) == want
+        assert set(flatten(state.auxiliary[0])) == want
         validate((Prune(sparsity=0.5), Quantize()), specs, 0)
 
 
