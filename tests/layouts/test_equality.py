@@ -63,7 +63,7 @@ def one(mesh):
     return dataclasses.replace(Mesh(), model=mesh.model)
 
 
-@pytest.mark.parametrize(("mesh", "feature"), cases(EXACT, FAST))
+@pytest.mark.parametrize(("mesh", "feature"), list(cases(EXACT, FAST)))
 def test_equals_one_device(mesh, feature):
     got, want = run(mesh, feature), run(one(mesh), feature)
     for key in ("loss", "objective", *(["kl"] if feature in ("teacher", "all") else [])):

@@ -106,6 +106,15 @@ def test_tensor_parallel_moves_activations_and_no_weights():
     assert [("transpose" in c.origin) for c in gathers].count(True) == 2
 
 
+def test_the_residual_stream_is_kept_cut_over_time():
+    """With full remat the backward loop is given each layer's input and nothing else: [L, B, T, D] with B over fsdp and T over tensor."""
+    mesh = MESHES[7]
+    assert (mesh.remat, mesh.degrees) == ("full", (1, 2, 4))
+    text = run(mesh, "all").compiled.as_text()
+    assert f"f32[2,{ROWS // 2},{TOKENS // 4},64]" in text
+    assert f"f32[2,{ROWS // 2},{TOKENS},64]" not in text
+
+
 @pytest.mark.parametrize("feature", ["plain", pytest.param("teacher", marks=pytest.mark.slow)])
 def test_logits_and_table_stay_cut_over_the_vocabulary(feature):
     vocab = MODELS["tied"].vocab

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from lmeff.models.transformer import REMAT
-from lmeff.parallel.mesh import MeshPlan, make_layout
 from lmeff.train.step import gradients, make_train_step
 from tests.layouts.trial import MODELS, UNOPTIMIZED, Mesh, leaves, make_inputs, make_runtime, relative
 
@@ -39,7 +38,7 @@ def policies():
     mesh = Mesh(model="deep")
     found = {}
     for policy in REMAT:
-        rt = make_runtime(dataclasses.replace(mesh, remat=policy), "plain", make_layout(MeshPlan(), jax.devices()[:1]))
+        rt = make_runtime(dataclasses.replace(mesh, remat=policy), "plain")
         state, batch, frozen = make_inputs(rt, mesh, rows=64)
 
         def grads(state, batch, frozen, rt=rt):

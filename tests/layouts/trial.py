@@ -121,8 +121,8 @@ def keep_gradients():
     )
 
 
-def make_runtime(mesh, feature, layout=None):
-    cfg, layout = MODELS[mesh.model], layout or mesh.layout
+def make_runtime(mesh, feature_name):
+    cfg, layout, feature = MODELS[mesh.model], mesh.layout, FEATURES[feature_name]
     specs, compression = param_specs(cfg), build(feature.compress)
     numerics = feature.activations.resolve(cfg) if feature.activations else FLOATING
     taught = feature.distill is not None
@@ -166,7 +166,7 @@ def compile_step(rt, state, batch, frozen):
 @functools.cache
 def run(mesh, feature_name):
     """The trial of a mesh with a feature; cached, so that several tests look at one compilation."""
-    rt = make_runtime(mesh, FEATURES[feature_name])
+    rt = make_runtime(mesh, feature_name)
     state, batch, frozen = make_inputs(rt, mesh)
     compiled = compile_step(rt, state, batch, frozen)
     auxiliary = leaves(state.auxiliary)
