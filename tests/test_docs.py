@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from lmeff.compress.base import LeafTransform, State, per_leaf
 from lmeff.compress.config import KINDS
 from lmeff.config.validate import validate
 from lmeff.core.numerics import materialize
@@ -50,6 +51,17 @@ def test_the_extension_holds_its_laws(extension):
 def test_the_extension_s_experiment_is_valid(extension):
     experiment = extension["experiment"]
     assert validate(experiment, jax.device_count()).keys() == {"teacher", "rounded"}
+
+
+def test_the_readme_s_config_is_valid_and_its_transform_rounds():
+    config, transform = blocks("README.md")
+    namespace = {}
+    exec(compile(config, "README.md", "exec"), namespace)
+    assert validate(namespace["experiment"](), jax.device_count()).keys() == {"teacher", "small", "packed"}
+    namespace = {"jax": jax, "jnp": jax.numpy, "per_leaf": per_leaf, "LeafTransform": LeafTransform}
+    exec(compile(transform, "README.md", "exec"), namespace)
+    assert namespace["power_of_two"]().apply({}, State({}, {})) == {}
+    np.testing.assert_array_equal(namespace["round_to_power_of_two"](np.float32([3.0, -0.6, 0.0])), [4.0, -0.5, 0.0])
 
 
 @pytest.mark.parametrize("page", PAGES)
