@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,11 +23,13 @@ from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import Layout, shardings
 from lmeff.recipe.artifact import Artifact, Recipe
+from lmeff.recipe.measure import held_out
+from lmeff.train.evaluate import make_eval_step
 from lmeff.train.loop import Cost, Job, train
 from lmeff.train.metrics import read_metrics
 from lmeff.train.optim import OptimConfig, learning_rate_at, make_optimizer
 from lmeff.train.progress import Progress
-from lmeff.train.state import Trainable, create_state
+from lmeff.train.state import Trainable, TrainState, create_state
 from lmeff.train.step import Frozen, Model, Runtime
 
 Artifacts = Mapping[str, Artifact]
@@ -73,14 +75,14 @@ class Start(NamedTuple):
 
 def run_stage(shop: Workshop, stage: Stage, earlier: Artifacts, progress: Progress) -> Artifact:
     """Makes the artifact of a stage: starting weights, structure, compression, calibration, training, packing."""
+    began = time.perf_counter()
     start = starting_point(shop, stage, earlier)
     steps = shop.experiment.steps(stage)
-    began = time.perf_counter()
     if steps == 0:
-        made, cost = _untrained(start), Cost(time.perf_counter() - began, 0.0, 0)
+        params, state = start.params, _state(start)
+        cost = Cost(time.perf_counter() - began, 0.0, 0)
     else:
-        made, cost = _trained(shop, stage, start, earlier, progress, steps)
-    params, state = made
+        params, state, cost = _trained(shop, stage, start, earlier, progress)
     details = {"seconds": cost.seconds, "compile_seconds": cost.compile_seconds, "tokens": cost.tokens}
     artifact = Artifact(
         name=stage.name,
@@ -172,15 +174,11 @@ def _state(start: Start) -> State:
     return jax.jit(lambda p: start.recipe.compression.init(p, specs))(start.params)
 
 
-def _untrained(start: Start) -> tuple[Any, State]:
-    return start.params, _state(start)
-
-
 def _trained(
-    shop: Workshop, stage: Stage, start: Start, earlier: Artifacts, progress: Progress, steps: int
-) -> tuple[tuple[Any, State], Cost]:
+    shop: Workshop, stage: Stage, start: Start, earlier: Artifacts, progress: Progress
+) -> tuple[Any, State, Cost]:
     teacher = earlier[stage.distill.teacher] if stage.distill else None
-    optim = stage.optim or shop.experiment.optim
+    optim, steps = stage.optim or shop.experiment.optim, shop.experiment.steps(stage)
     rt = runtime(shop, start, optim, steps, stage.distill, teacher)
     state = create_state(start.params, rt.specs, rt.compression, rt.tx, shop.layout, ema=rt.ema is not None)
     if start.state is not None:
@@ -188,7 +186,7 @@ def _trained(
         state = state._replace(trainable=trainable, auxiliary=start.state.auxiliary)
     frozen = Frozen(ranges=start.ranges)
     if teacher is not None:
-        frozen = frozen._replace(teacher=materialize(teacher.effective()), teacher_ranges=teacher.ranges)
+        frozen = frozen._replace(teacher=teacher.effective(), teacher_ranges=teacher.ranges)
     job = Job(
         rt=rt,
         frozen=frozen,
@@ -198,9 +196,25 @@ def _trained(
         directory=shop.stage_dir(stage),
         learning_rate=lambda step: learning_rate_at(optim, steps, step),
         metadata={"stage": stage.name},
+        evaluate=None if shop.experiment.train.eval_every is None else validation_loss(shop, rt, start.ranges),
     )
     state, cost = train(job, state, progress=progress, resume=shop.resume)
-    return (state.final.params, State(state.final.compression, state.auxiliary)), cost
+    return state.final.params, State(state.final.compression, state.auxiliary), cost
+
+
+def validation_loss(shop: Workshop, rt: Runtime, ranges: Any) -> Callable[[TrainState], float]:
+    """Nats per token of the model in training on the validation split."""
+    step, options = make_eval_step(rt.student, rt.layout, rt.policy), shop.experiment.evaluate
+
+    def loss(state: TrainState) -> float:
+        compression = State(state.final.compression, state.auxiliary)
+
+        def run(batch: Any) -> Any:
+            return step(state.final.params, compression, ranges, batch)
+
+        return held_out(run, shop.corpus.validation, rt.layout, options.batch, options.batches).mean
+
+    return loss
 
 
 def runtime(

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmeff.compress.base import LeafTransform, identity, only, per_leaf
+from lmeff.compress.base import LeafTransform, chain, identity, only, per_leaf
 from lmeff.compress.importance import scores
+from lmeff.compress.prune import Ramp, magnitude_pruning
+from lmeff.compress.quantize import fake_quantization
 from lmeff.compress.shrink import Plan, ShrinkConfig, apply_masks, describe, masked, plan, shrink, smaller
 from lmeff.core.errors import ConfigError
 from lmeff.core.numerics import materialize, parse_format, quantize
@@ -208,27 +210,27 @@ def test_factored_moments_are_refused():
 
 
 def test_compression_state_is_cut_along():
+    """Masks and learned scales: the cut model sees bit for bit the cut of what the big one sees."""
     cfg, params = variant("grouped, gated, tied")
     cut = random_plan(cfg, PRODUCTS["grouped, gated, tied"])
+    matrices = ((".*/(w[qkvo]|up|gate|down)", True), (".*", False))
+    lsq = fake_quantization(parse_format("int4"), method="lsq")
+    compression = chain(only(matrices, magnitude_pruning(Ramp(0.5))), only(matrices, lsq))
+    state, seen = jax.jit(lambda p: _init_and_apply(compression, p, cfg))(params)
+    new, small, small_state = shrink(cfg, params, state, cut)
+    fresh = jax.eval_shape(lambda p: compression.init(p, param_specs(new)), small)
+    assert jax.tree.map(jnp.shape, small_state) == jax.tree.map(jnp.shape, fresh)
+    _, want, _ = shrink(cfg, seen, None, cut)
+    got = jax.jit(compression.apply)(small, small_state)
+    for path, x in flatten(want).items():
+        np.testing.assert_array_equal(flatten(got)[path], x, err_msg=path)
+    up = flatten(want)["blocks/mlp/up"]
+    assert len(np.unique(up)) < up.size / 2  # masked and on a grid of few steps
 
-    def init(w, spec):
-        mask = jnp.arange(w.size).reshape(w.shape) % 2 == 0
-        scale = jnp.abs(w).max(spec.axes, keepdims=True)
-        return scale, {"mask": mask, "steps": jnp.int32(3)}
 
-    transform = LeafTransform(init, lambda w, t, a: w, lambda w, g, t, a, s: a, lambda w, t, a: w)
-    compression = only(((".*(wq|wk|wo|up|down)", True), (".*", False)), per_leaf(transform))
-    state = jax.jit(lambda p: compression.init(p, param_specs(cfg)))(params)
-    new, small, got = shrink(cfg, params, state, cut)
-    fresh = compression.init(small, param_specs(new))
-    assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, fresh)
-    rows = np.asarray(cut.layers)
-    up = state.trainable["blocks"]["mlp"]["up"].value  # [L, 1, F]: one scale per neuron
-    want = np.take_along_axis(np.asarray(up)[rows], cut.neurons[:, None], axis=2)
-    np.testing.assert_array_equal(got.trainable["blocks"]["mlp"]["up"].value, want)
-    mask = got.auxiliary["blocks"]["attn"]["wo"].value["mask"]
-    whole = np.asarray(state.auxiliary["blocks"]["attn"]["wo"].value["mask"])[rows]
-    np.testing.assert_array_equal(mask, np.take_along_axis(whole, cut.heads[:, :, None, None], axis=1))
+def _init_and_apply(compression, params, cfg):
+    state = compression.init(params, param_specs(cfg))
+    return state, compression.apply(params, state)
 
 
 def test_packed_weights_are_cut_where_that_is_exact():
