@@ -287,7 +287,7 @@ def _checkpoint(policy: Any) -> Callable[[Any], Any]:
 
 REMAT: dict[str, Callable[[Any], Any]] = {
     "none": lambda fn: fn,
-    "dots": _checkpoint(jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "dots": _checkpoint(jax.checkpoint_policies.save_only_these_names("product")),
     "names": _checkpoint(jax.checkpoint_policies.save_only_these_names("attn_out", "mlp_hidden")),
     "full": _checkpoint(jax.checkpoint_policies.nothing_saveable),
 }
