@@ -22,8 +22,6 @@ from lmeff.models.config import ModelConfig
 
 View = Callable[[Any, Any], Any]
 
-UNROLLED = 8
-
 GATE = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu}
 
 
@@ -200,6 +198,7 @@ def forward(
     view_state: Any = (),
     ranges: Ranges | None = None,
     remat: str = "none",
+    unroll: int = 1,
     compute_dtype: Any = jnp.float32,
     output_dtype: Any = None,
 ) -> Output:
@@ -209,6 +208,7 @@ def forward(
     view:       how weights are seen, `(subtree, its state) -> subtree`; inside the scan, so no second copy of the weights exists.
     ranges:     calibrated activation ranges by site, [L, 2] for sites of the block and [2] for the head; None when nothing is calibrated.
     remat:      what the backward pass keeps: "none" (all), "dots", "names" (attention outputs and ffn hidden states) or "full" (nothing).
+    unroll:     layers in one turn of the scan's loop; changes time and program size, no result.
     output_dtype: of the last hidden state, rounded once from float32; None is the compute dtype.
     """
 
@@ -226,8 +226,7 @@ def forward(
     x_BTD = outer.ops.embed(embed["table"], batch.tokens).astype(compute_dtype)
     x_BTD = outer.ops.place(x_BTD, "BTD")
     layers = (params["blocks"], substate(view_state, "blocks"), _block_ranges(ranges))
-    unroll = layers_at_once(cfg, remat)
-    x_BTD, records = jax.lax.scan(remat_policy(remat)(step), x_BTD, layers, unroll=unroll)
+    x_BTD, records = jax.lax.scan(remat_policy(remat)(step), x_BTD, layers, unroll=min(unroll, cfg.layers))
     hidden_BTD = normalize(x_BTD.astype(jnp.float32), seen("final_norm"), cfg).astype(output_dtype or compute_dtype)
     head = embed["table"] if cfg.tied else seen("head")["w"]
     return Output(hidden_BTD, head, head_ranges, {**{f"blocks/{k}": v for k, v in records.items()}, **outer.close()})
@@ -262,16 +261,6 @@ def _block_ranges(ranges: Ranges | None) -> dict[str, jax.Array]:
 
 def _outer_ranges(ranges: Ranges | None) -> dict[str, jax.Array]:
     return {site: value for site, value in (ranges or {}).items() if site == "head"}
-
-
-def layers_at_once(cfg: ModelConfig, remat: str) -> int:
-    """How many layers the scan runs in one turn of its loop: one, or on a single CPU device up to eight.
-
-    A turn's end copies all that the backward pass needs into a stack: a sixth of a CPU's step. Rematerialisation relies on the loop to keep
-    XLA from merging it away, and on several devices the loop keeps programs small and their collectives once a layer.
-    """
-    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
-    return min(cfg.layers, UNROLLED) if alone and remat == "none" else 1
 
 
 def remat_policy(name: str) -> Callable[[Any], Any]:
