@@ -7,10 +7,10 @@ import re
 
 import numpy as np
 import pytest
-from tests.report.report_sample import make_report
 
 from lmeff.core.errors import CheckpointError, DataError
 from lmeff.report.schema import ArtifactRow, Comparison, Report, config_rows
+from tests.report.report_sample import make_report
 
 ROW = {
     "name": "a", "kind": "dense", "loss": 2.0, "loss_interval": (1.9, 2.1), "bits_per_byte": 1.0, "parameters": 10, "nonzero_parameters": 9,
