@@ -12,7 +12,7 @@ import jax
 from lmeff.compress.base import State
 from lmeff.compress.calibrate import calibrate
 from lmeff.compress.importance import scores
-from lmeff.compress.shrink import ShrinkConfig, plan, shrink
+from lmeff.compress.shrink import ShrinkConfig, describe, plan, shrink
 from lmeff.config import Experiment, Stage
 from lmeff.core.numerics import materialize
 from lmeff.core.precision import Policy, parse
@@ -64,6 +64,7 @@ class Start(NamedTuple):
     """Where a stage begins.
 
     state: the compression's state carried over from the earlier artifact; None where the stage compresses anew.
+    note:  what was cut, in words.
     """
 
     cfg: ModelConfig
@@ -71,6 +72,7 @@ class Start(NamedTuple):
     recipe: Recipe
     state: State | None = None
     ranges: Any = None
+    note: str = ""
 
 
 def run_stage(shop: Workshop, stage: Stage, earlier: Artifacts, progress: Progress) -> Artifact:
@@ -91,7 +93,7 @@ def run_stage(shop: Workshop, stage: Stage, earlier: Artifacts, progress: Progre
         params=params,
         state=state,
         ranges=start.ranges,
-        details=details | {"curve": _curve(shop.stage_dir(stage))},
+        details=details | {"curve": _curve(shop.stage_dir(stage)), "note": start.note},
     )
     return artifact.export() if stage.export else artifact
 
@@ -126,10 +128,10 @@ def starting_point(shop: Workshop, stage: Stage, earlier: Artifacts) -> Start:
         start = Start(origin.cfg, origin.params, recipe_of(stage, origin.cfg, earlier), origin.state, origin.ranges)
     else:
         origin = earlier[stage.start]
-        cfg, params = origin.cfg, materialize(origin.effective())
+        cfg, params, note = origin.cfg, materialize(origin.effective()), ""
         if stage.shrink is not None:
-            cfg, params = _shrunk(shop, stage.shrink, cfg, params)
-        start = Start(cfg, params, recipe_of(stage, cfg, earlier))
+            cfg, params, note = _shrunk(shop, stage.shrink, cfg, params)
+        start = Start(cfg, params, recipe_of(stage, cfg, earlier), note=note)
     return _calibrated(shop, stage, start)
 
 
@@ -140,11 +142,13 @@ def _random(shop: Workshop, cfg: ModelConfig) -> Any:
     return jax.jit(lambda key: initialize(key, specs, dtype), out_shardings=out)(jax.random.key(shop.experiment.seed))
 
 
-def _shrunk(shop: Workshop, config: ShrinkConfig, cfg: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
+def _shrunk(shop: Workshop, config: ShrinkConfig, cfg: ModelConfig, params: Any) -> tuple[ModelConfig, Any, str]:
     batches = shop.calibration(config.calibration_batches)
     found = scores(config.importance, cfg, params, batches, shop.layout, seed=config.seed)
-    smaller, params, _ = shrink(cfg, params, None, plan(config, cfg, found), layout=shop.layout)
-    return smaller, params
+    cut = plan(config, cfg, found)
+    smaller, params, _ = shrink(cfg, params, None, cut, layout=shop.layout)
+    note = ", ".join(f"{what} {before} to {after}" for what, before, after, _ in describe(cut, cfg))
+    return smaller, params, f"{note}; by {config.importance}"
 
 
 def _calibrated(shop: Workshop, stage: Stage, start: Start) -> Start:
