@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 MASKED = -1e30  # finite, so that a row with nothing to see gives zeros and not NaN
 
@@ -256,11 +257,14 @@ def _blocked(forward: Callable[..., Any], backward: Callable[..., Any], multiple
     def save(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, mask: Mask) -> Any:
         units = _to_units(q, k, v, segments)
         o, lse = _over_units(functools.partial(forward, mask=mask), units)
-        return _from_units(o, q).astype(q.dtype), (q, k, v, segments, o, lse)
+        # Named here, both: a remat policy that keeps the output alone would have to run all of this again for the log-sum-exp.
+        out, lse = checkpoint_name((_from_units(o, q).astype(q.dtype), lse), "attn_out")
+        return out, (q, k, v, segments, out, lse)
 
     def pull(mask: Mask, saved: Any, g: jax.Array) -> Any:
-        q, k, v, segments, o, lse = saved
-        units = (*_to_units(q, k, v, segments), o, lse, _split_queries(g, k.shape[2]))
+        q, k, v, segments, out, lse = saved
+        o, g = (_split_queries(x, k.shape[2]) for x in (out, g))
+        units = (*_to_units(q, k, v, segments), o, lse, g)
         d_q, d_k, d_v = _over_units(functools.partial(backward, mask=mask), units)
         merged = (_from_units(d_q, q), _from_units(d_k, k), _from_units(d_v, v))
         return (*(d.astype(x.dtype) for d, x in zip(merged, (q, k, v), strict=True)), None)

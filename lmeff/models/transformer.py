@@ -139,7 +139,6 @@ def attention_layer(x_BTD: jax.Array, p: Tree, batch: Batch, cfg: ModelConfig, o
     q_BTHC = rope(q_BTHC, batch.positions, cfg.rope_theta)
     k_BTKC = rope(k_BTKC, batch.positions, cfg.rope_theta)
     o_BTHC = ops.attend(q_BTHC, k_BTKC, v_BTKC, batch.segments, window=cfg.window, softcap=cfg.attention_softcap)
-    o_BTHC = checkpoint_name(o_BTHC, "attn_out")
     ops.tap("attn.heads", o_BTHC)
     y_BTD = ops.einsum("BTHC,HCD->BTD", o_BTHC, p["wo"], site="attn.o")
     return y_BTD + p["o_bias"] if cfg.bias else y_BTD

@@ -42,21 +42,31 @@ def _attend(
 
 
 def _embed(layout: Layout, table_VD: Any, tokens_BT: jax.Array) -> jax.Array:
-    """Rows by token id. With the vocabulary cut, each device adds the rows that it holds: no gather of the table over V.
+    """Rows by token id; the table stays as it is cut, over V and over D, and only ids and found rows move.
 
-    The sum is scattered over T where T divides, as the residual stream wants it.
+    Over D, each device looks up its columns for the rows of all devices that hold other columns, and one all-to-all brings rows together. Over V, each
+    adds the rows that it holds; the sum is scattered over T where T divides, as the residual stream wants it.
     """
-    axes = layout.axes("V")
-    if not axes or is_qtensor(table_VD):
+    vocab, width = layout.axes("V"), layout.axes("D")
+    if is_qtensor(table_VD) or not vocab + width:
         return lookup(table_VD, tokens_BT)
-    scattered = tokens_BT.shape[1] % layout.size(axes) == 0
+    scattered = bool(vocab) and tokens_BT.shape[1] % layout.size(vocab) == 0
 
-    def local(rows_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        own = tokens_BT - jax.lax.axis_index(axes) * rows_VD.shape[0]
-        inside = (own >= 0) & (own < rows_VD.shape[0])
-        part_BTD = jnp.where(inside[..., None], rows_VD[jnp.where(inside, own, 0)], 0)
+    def local(part_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        if width:
+            tokens_BT = jax.lax.all_gather(tokens_BT, width, tiled=True)
+        rows_BTD = _held(part_VD, tokens_BT, vocab) if vocab else lookup(part_VD, tokens_BT)
+        if width:
+            rows_BTD = jax.lax.all_to_all(rows_BTD, width, split_axis=0, concat_axis=2, tiled=True)
         if scattered:
-            return jax.lax.psum_scatter(part_BTD, axes, scatter_dimension=1, tiled=True)
-        return jax.lax.psum(part_BTD, axes)
+            return jax.lax.psum_scatter(rows_BTD, vocab, scatter_dimension=1, tiled=True)
+        return jax.lax.psum(rows_BTD, vocab) if vocab else rows_BTD
 
-    return layout.on_shards(local, ("V_", "B_"), "BT_" if scattered else "B__")(table_VD, tokens_BT)
+    return layout.on_shards(local, ("VD", "B_"), "BT_" if scattered else "B__")(table_VD, tokens_BT)
+
+
+def _held(part_VD: jax.Array, tokens_BT: jax.Array, vocab: tuple[str, ...]) -> jax.Array:
+    """The rows of the ids that this device's part of the vocabulary holds, zeros for the others."""
+    own = tokens_BT - jax.lax.axis_index(vocab) * part_VD.shape[0]
+    inside = (own >= 0) & (own < part_VD.shape[0])
+    return jnp.where(inside[..., None], part_VD[jnp.where(inside, own, 0)], 0)

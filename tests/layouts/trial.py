@@ -83,14 +83,17 @@ class Mesh:
 
 
 class Trial(NamedTuple):
-    """metrics of every step; leaves by path: first gradients, last parameters, the first auxiliary state; shard shapes; the compiled step."""
+    """metrics of every step; leaves by path: first gradients, last parameters, the first auxiliary state; shard shapes; the compiled
+    step's text and memory. Not the compiled step itself: programs for the CPU take thousands of memory maps each, and a process has 65,530.
+    """
 
     metrics: list[dict[str, float]]
     gradients: dict[str, np.ndarray]
     final: dict[str, np.ndarray]
     auxiliary: dict[str, np.ndarray]
     shards: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
-    compiled: Any
+    text: str
+    memory: Any
 
 
 def make_batch(rows=ROWS, tokens=TOKENS, vocab=96, seed=0):
@@ -108,10 +111,13 @@ def make_batch(rows=ROWS, tokens=TOKENS, vocab=96, seed=0):
     return Batch(ids, np.where(weights > 0, np.roll(ids, -1, 1), 0), segments, positions, weights)
 
 
-def make_params(cfg, seed):
+SHARP = 5.0
+
+
+def make_params(cfg, seed, sharpness=SHARP):
     """Larger than at the start of training, so that attention is far from uniform and a teacher has opinions."""
     params = initialize(jax.random.key(seed), param_specs(cfg))
-    return map_with_path(lambda path, w: w if "norm" in path else w * 5, params)
+    return map_with_path(lambda path, w: w if "norm" in path else w * sharpness, params)
 
 
 def keep_gradients():
@@ -145,9 +151,9 @@ def make_runtime(mesh, feature_name):
     )
 
 
-def make_inputs(rt, mesh, rows=ROWS):
+def make_inputs(rt, mesh, rows=ROWS, sharpness=SHARP):
     """A state, a batch and the frozen arrays, all on the mesh."""
-    params = make_params(MODELS[mesh.model], 0)
+    params = make_params(MODELS[mesh.model], 0, sharpness)
     state = create_state(params, rt.specs, rt.compression, rt.tx, rt.layout, ema=False)
     frozen = Frozen()
     if rt.teacher is not None:
@@ -176,7 +182,9 @@ def run(mesh, feature_name):
         state, values = compiled(state, batch, frozen)
         metrics.append({name: float(value) for name, value in values.items()})
         first = first if step else leaves(state.opt[0])
-    return Trial(metrics, first, leaves(state.trainable), auxiliary, shards, compiled)
+    return Trial(
+        metrics, first, leaves(state.trainable), auxiliary, shards, compiled.as_text(), compiled.memory_analysis()
+    )
 
 
 def by_path(tree):
