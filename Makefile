@@ -2,6 +2,7 @@
 VENV ?= .venv
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile  # a process a core; a file's tests share what they compiled
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-slow lint format clean
@@ -11,10 +12,10 @@ demo: $(VENV)/demo.installed  ## Train, compress and report the quickstart; goes
 	$(BIN)/lmeff run configs/quickstart.py
 
 test: $(VENV)/test.installed  ## Everything but the tests marked slow.
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/test.installed  ## What `make test` leaves out.
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: $(VENV)/lint.installed $(VENV)/test.installed  ## Style, types, and which module may import which.
 	$(BIN)/ruff check .

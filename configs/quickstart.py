@@ -28,12 +28,12 @@ INT4 = ((MATRICES, "int4/g32"), ("embed/table", "int8"), (".*", None))
 def experiment() -> Experiment:
     """Teacher, then each way of making it smaller, then all of them in one step."""
     recover = OptimConfig(learning_rate=1e-3, warmup_steps=5)
-    learn = Distill(teacher="teacher", mix=0.5)
+    learn = Distill(teacher="teacher", mix=1.0)
     return Experiment(
         name="quickstart",
         model=TEACHER,
         data=DataConfig(sequence=128),
-        train=TrainConfig(batch=16, steps=300, log_every=10, checkpoint_every=100),
+        train=TrainConfig(batch=16, steps=500, log_every=10, checkpoint_every=100),
         optim=OptimConfig(learning_rate=4e-3),
         evaluate=EvaluateConfig(batch=32, batches=24),
         recipe=(
@@ -47,8 +47,8 @@ def experiment() -> Experiment:
             ),
             Stage(name="shrunk", start="teacher", shrink=ShrinkConfig(ffn=172, kv_heads=1), steps=0),
             Stage(name="shrunk-recovered", start="shrunk", distill=learn, optim=recover, steps=80),
-            Stage(name="student", model=STUDENT, distill=learn, steps=150),
-            Stage(name="student-control", model=STUDENT, steps=150),
+            Stage(name="student", model=STUDENT, distill=learn, steps=200),
+            Stage(name="student-control", model=STUDENT, steps=200),
             Stage(name="int8", start="teacher", compress=(Quantize(rules=INT8),), steps=0, export=True),
             Stage(name="int4", start="teacher", compress=(Quantize(rules=INT4),), steps=0, export=True),
             Stage(

@@ -73,6 +73,10 @@ RECIPES = {
         'Stage(name="a", compress=(Prune(pattern="3:7"),)),',
         ["3:7", "multiple of 7"],
     ),
+    "ranges of random weights": (
+        'Stage(name="a", activations=Activations(rules=(("attn.o", "int8/tensor"), (".*", None)))),',
+        ["attn.o", "random weights"],
+    ),
     "a norm in a rule": ('Stage(name="a", compress=(Quantize(rules=((".*", "int8"),)),)),', ["norm"]),
 }
 

@@ -15,9 +15,10 @@ from lmeff.core.tree import flatten, unflatten
 from lmeff.distill.objectives import Projection, head_objective
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import MeshPlan, make_layout
+from lmeff.train.loop import compile_step, place_batch
 from lmeff.train.optim import make_optimizer
 from lmeff.train.state import create_state
-from lmeff.train.step import Frozen, Model, Runtime, make_train_step
+from lmeff.train.step import Frozen, Model, Runtime
 
 
 def initial_weights(shape: Shape) -> dict[str, np.ndarray]:
@@ -42,8 +43,8 @@ def make_step(shape: Shape, weights: dict[str, np.ndarray], tokens: np.ndarray) 
         policy=policy,
     )
     state = create_state(unflatten(weights), specs, compression, tx, layout, ema=False)
-    batch = jax.device_put(_one_document_a_row(tokens))
-    compiled = jax.jit(make_train_step(rt), donate_argnums=0)
+    batch = place_batch(_one_document_a_row(tokens), layout)
+    compiled = compile_step(rt, state, batch, Frozen())
 
     def step() -> float:
         nonlocal state

@@ -1,6 +1,6 @@
 """The shapes measured: two models with their batch and optimizer, the same on both sides."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,7 +15,9 @@ class Shape:
     model: ModelConfig
     rows: int
     length: int
-    optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0)
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0)
+    )
 
     def tokens(self) -> np.ndarray:
         """The batch [B, T + 1], from a fixed seed."""

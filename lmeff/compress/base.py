@@ -5,7 +5,7 @@ sharding and checkpoints come free. Leaf functions address dims from the right, 
 layers, on one layer of it inside the scan, and on whatever other leading dims (experts) may come.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lmeff.core.errors import ConfigError
@@ -173,10 +173,3 @@ def chain(*members: Compression) -> Compression:
         return params
 
     return Compression(init, apply, update, export, packs=any(member.packs for member in members))
-
-
-def touched(auxiliary: Any) -> Mapping[str, Any]:
-    """The paths a state acts on."""
-    if isinstance(auxiliary, tuple) and not isinstance(auxiliary, Leaf):
-        return {path: None for part in auxiliary for path in touched(part)}
-    return dict.fromkeys(flatten(auxiliary))

@@ -16,6 +16,7 @@ from lmeff.compress.base import Compression, LeafTransform, per_leaf
 from lmeff.core.numerics import (
     QFormat,
     QTensor,
+    dequantize,
     fake_quantize,
     find_scale,
     quantize,
@@ -89,7 +90,7 @@ def least_error_scale(w: jax.Array, format: QFormat, axes: tuple[int, ...]) -> t
 
     def error(clip: jax.Array) -> jax.Array:
         scale, zero = at(clip)
-        missed = w - fake_quantize(w, scale, zero, format, axes)
+        missed = w - dequantize(quantize(w, format, axes, scale=scale, zero=zero))
         return reduce_shared(jnp.sum, missed * missed, format, axes)
 
     clips = jnp.asarray(CLIPS, jnp.float32)

@@ -11,6 +11,7 @@ import cattrs
 from cattrs.strategies import configure_tagged_union
 
 from lmeff.config.schema import Experiment, Transform, flat_values
+from lmeff.core.decode import explain
 from lmeff.core.errors import CheckpointError, ConfigError
 
 FILE = "config.json"
@@ -100,9 +101,7 @@ def read(directory: Path) -> Experiment:
     try:
         return _converter().structure(json.loads(file.read_text(encoding="utf-8")), Experiment)
     except (json.JSONDecodeError, cattrs.BaseValidationError) as error:
-        reason = (
-            "; ".join(cattrs.transform_error(error)) if isinstance(error, cattrs.BaseValidationError) else str(error)
-        )
+        reason = explain(error, "config") if isinstance(error, cattrs.BaseValidationError) else str(error)
         raise CheckpointError(
             f"{file}: is not a config of this version of lmeff ({reason}); expected what the run wrote"
         ) from error

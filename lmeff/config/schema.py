@@ -120,7 +120,7 @@ class Experiment:
     model: ModelConfig = ModelConfig()  # noqa: RUF009 -- frozen
     data: DataConfig = DataConfig()  # noqa: RUF009
     mesh: MeshPlan = MeshPlan()  # noqa: RUF009
-    optim: OptimConfig = OptimConfig()  # noqa: RUF009
+    optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()  # noqa: RUF009
     evaluate: EvaluateConfig = EvaluateConfig()
     recipe: tuple[Stage, ...] = (Stage(name="model"),)

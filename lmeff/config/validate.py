@@ -102,7 +102,12 @@ def _check_stage(
         raise ConfigError(f"{where}.steps: got {steps}, expected 0 (no training) or more")
     validate_transforms(stage.compress, param_specs(cfg), steps, where=f"{where}.compress")
     if stage.activations is not None:
-        stage.activations.resolve(cfg)
+        static = stage.activations.resolve(cfg).static_sites
+        if static and stage.start is None and steps:
+            raise ConfigError(
+                f"{where}.activations: {', '.join(static)} take one calibrated range, but the stage begins from random weights, whose ranges say "
+                "nothing of the trained ones; expected a stage with a start. Train first, or use a format per token, such as int8."
+            )
     if stage.start in packed and steps and not (stage.compress or stage.shrink):
         raise ConfigError(
             f"{where}: would train '{stage.start}', whose weights are packed integers; expected a start that was not exported. "

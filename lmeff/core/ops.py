@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lmeff.core.dims import contracted, split_einsum
 from lmeff.core.numerics import (
@@ -112,10 +113,11 @@ def encode_activation(x: jax.Array, axes: tuple[int, ...], format: QFormat, rang
 
 
 def plain_einsum(equation: str, x: jax.Array, w: jax.Array, *, site: str = "") -> jax.Array:
-    """A floating-point einsum with float32 accumulation, in the dtype of `x`; differentiable in reverse mode only."""
-    # A gradient may vary over mesh axes that only the other operand varies over: zeros of each make their types alike first.
-    x, w = (a + jnp.where(False, b.ravel()[0], 0).astype(a.dtype) for a, b in ((x, w), (w, x)))
-    return _product(equation, x, w.astype(x.dtype))
+    """A floating-point einsum with float32 accumulation, in the dtype of `x`; reverse mode only. `jax.checkpoint` knows it as "product"."""
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        # In shards a gradient may vary over axes that only the other operand varies over: zeros of each make their types alike first.
+        x, w = (a + jnp.where(False, b.ravel()[0], 0).astype(a.dtype) for a, b in ((x, w), (w, x)))
+    return checkpoint_name(_product(equation, x, w.astype(x.dtype)), "product")
 
 
 def _multiply(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:

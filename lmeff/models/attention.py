@@ -277,7 +277,8 @@ def _blocked(forward: Callable[..., Any], backward: Callable[..., Any], multiple
         if not missing:
             return attend(scaled, k, v, segments, mask)
         wide = [jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) for x in (scaled, k, v, segments)]
-        return attend(*wide, mask)[:, : q.shape[1]]
+        out: Any = attend(*wide, mask)
+        return out[:, : q.shape[1]]
 
     return padded
 

@@ -197,6 +197,7 @@ def forward(
     view_state: Any = (),
     ranges: Ranges | None = None,
     remat: str = "none",
+    unroll: int = 1,
     compute_dtype: Any = jnp.float32,
     output_dtype: Any = None,
 ) -> Output:
@@ -206,6 +207,7 @@ def forward(
     view:       how weights are seen, `(subtree, its state) -> subtree`; inside the scan, so no second copy of the weights exists.
     ranges:     calibrated activation ranges by site, [L, 2] for sites of the block and [2] for the head; None when nothing is calibrated.
     remat:      what the backward pass keeps: "none" (all), "dots", "names" (attention outputs and ffn hidden states) or "full" (nothing).
+    unroll:     layers in one turn of the scan's loop; changes time and program size, no result.
     output_dtype: of the last hidden state, rounded once from float32; None is the compute dtype.
     """
 
@@ -223,9 +225,7 @@ def forward(
     x_BTD = outer.ops.embed(embed["table"], batch.tokens).astype(compute_dtype)
     x_BTD = outer.ops.place(x_BTD, "BTD")
     layers = (params["blocks"], substate(view_state, "blocks"), _block_ranges(ranges))
-    x_BTD, records = jax.lax.scan(
-        remat_policy(remat)(step), x_BTD, layers, unroll=int(__import__("os").environ.get("UNROLL", "1"))
-    )
+    x_BTD, records = jax.lax.scan(remat_policy(remat)(step), x_BTD, layers, unroll=min(unroll, cfg.layers))
     hidden_BTD = normalize(x_BTD.astype(jnp.float32), seen("final_norm"), cfg).astype(output_dtype or compute_dtype)
     head = embed["table"] if cfg.tied else seen("head")["w"]
     return Output(hidden_BTD, head, head_ranges, {**{f"blocks/{k}": v for k, v in records.items()}, **outer.close()})
@@ -275,7 +275,7 @@ def _checkpoint(policy: Any) -> Callable[[Any], Any]:
 
 REMAT: dict[str, Callable[[Any], Any]] = {
     "none": lambda fn: fn,
-    "dots": _checkpoint(jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "dots": _checkpoint(jax.checkpoint_policies.save_only_these_names("product")),
     "names": _checkpoint(jax.checkpoint_policies.save_only_these_names("attn_out", "mlp_hidden")),
     "full": _checkpoint(jax.checkpoint_policies.nothing_saveable),
 }

@@ -95,6 +95,15 @@ class Layout:
         """Whether there is nothing to place."""
         return self.mesh.size == 1
 
+    def layers_at_once(self, remat: str) -> int:
+        """How many layers a scan should run in one turn of its loop: one, or on a single CPU device up to eight.
+
+        A turn's end copies all that the backward pass needs into a stack: a sixth of a CPU's step. Rematerialisation relies on the loop to keep
+        XLA from merging it away, and on several devices the loop keeps programs small and their collectives once a layer.
+        """
+        alone = self.single and self.mesh.devices.flat[0].platform == "cpu"
+        return 8 if alone and remat == "none" else 1
+
     def partition(self, letters: str, shape: Sequence[int] | None = None) -> P:
         """The partition of a tensor by its letters. With a shape, dims that do not divide stay whole."""
         free = {axis for axis, size in self.mesh.shape.items() if size > 1} - set(self.reserved)

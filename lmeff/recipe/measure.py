@@ -2,12 +2,12 @@
 
 import statistics
 import time
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 
+from lmeff.core.batch import Batch
 from lmeff.core.precision import Policy
 from lmeff.data.loader import Dataset
 from lmeff.parallel.mesh import Layout, place_batch
@@ -20,23 +20,20 @@ TIMING = (
 )
 
 
-class Scorer(NamedTuple):
-    """A compiled scoring pass of one artifact: `run(batch) -> nats [B, T]`."""
-
-    artifact: Artifact
-    run: Any
+Scorer = Callable[[Batch], jax.Array]
+"""A compiled scoring pass of one model: nats [B, T] of a batch."""
 
 
 def make_scorer(artifact: Artifact, layout: Layout, policy: Policy) -> Scorer:
     """Binds the arrays of an artifact to its jitted scoring pass."""
     step = make_eval_step(artifact.model, layout, policy)
-    return Scorer(artifact, lambda batch: step(artifact.params, artifact.state, artifact.ranges, batch))
+    return lambda batch: step(artifact.params, artifact.state, artifact.ranges, batch)
 
 
 def held_out(scorer: Scorer, data: Dataset, layout: Layout, batch: int, batches: int | None) -> DocumentLosses:
     """Losses of every held-out document, over the first `batches` batches where a cap is set."""
     found = (pair for i, pair in enumerate(data.evaluation(batch)) if batches is None or i < batches)
-    return document_losses(scorer.run, found, len(data.document_bytes), layout)
+    return document_losses(scorer, found, len(data.document_bytes), layout)
 
 
 def timings(
@@ -46,12 +43,12 @@ def timings(
     host, _ = next(iter(data.evaluation(batch)))
     placed = place_batch(host, layout)
     for scorer in scorers.values():
-        jax.block_until_ready(scorer.run(placed))
+        jax.block_until_ready(scorer(placed))
     seconds: dict[str, list[float]] = {name: [] for name in scorers}
     for _ in range(repeats):
         for name, scorer in scorers.items():
             began = time.perf_counter()
-            jax.block_until_ready(scorer.run(placed))
+            jax.block_until_ready(scorer(placed))
             seconds[name].append(time.perf_counter() - began)
     per_token = 1e3 / host.tokens.size
     return {name: _quartiles([per_token * t for t in times]) for name, times in seconds.items()}

@@ -105,9 +105,10 @@ def make_or_load(shop: Workshop, stage: Stage, earlier: Mapping[str, Artifact], 
     if is_done(shop, stage):
         console.print(f"{stage.name}: done before", highlight=False)
         return load_artifact(shop, stage, earlier)
+    steps = shop.experiment.steps(stage)
+    console.print(f"{stage.name}: {_intent(stage, steps)}", highlight=False, style="bold")
     if stage.compress:
         print_rules(rule_rows(stage.compress, param_specs(shop.shapes[stage.name])), console)
-    steps = shop.experiment.steps(stage)
     progress = make_progress(stage.name, steps, console)
     try:
         artifact = run_stage(shop, stage, earlier, progress)
@@ -116,4 +117,22 @@ def make_or_load(shop: Workshop, stage: Stage, earlier: Mapping[str, Artifact], 
     save(artifact, shop.stage_dir(stage) / "artifact")
     done = shop.stage_dir(stage) / "done.json"
     done.write_text(json.dumps({"stage": stage.name, "steps": steps}) + "\n", encoding="utf-8")
+    if artifact.details["note"]:
+        console.print(f"{stage.name}: {artifact.details['note']}", highlight=False)
     return artifact
+
+
+def _intent(stage: Stage, steps: int) -> str:
+    """What a stage is about to do, in words."""
+    words = [f"from {stage.start}" if stage.start else "from random weights"]
+    if stage.shrink is not None:
+        words.append("cut smaller")
+    if stage.compress:
+        words.append("compressed by these rules" if steps else "compressed without training by these rules")
+    if stage.activations is not None:
+        words.append("activations quantized")
+    if steps:
+        words.append(f"trained for {steps} steps" + (f" by {stage.distill.teacher}" if stage.distill else ""))
+    if stage.export:
+        words.append("packed")
+    return ", ".join(words)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import jax
 from lmeff.compress.base import State
 from lmeff.compress.calibrate import calibrate
 from lmeff.compress.importance import scores
-from lmeff.compress.shrink import ShrinkConfig, plan, shrink
+from lmeff.compress.shrink import ShrinkConfig, describe, plan, shrink
 from lmeff.config import Experiment, Stage
 from lmeff.core.numerics import materialize
 from lmeff.core.precision import Policy, parse
@@ -23,11 +23,13 @@ from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import Layout, shardings
 from lmeff.recipe.artifact import Artifact, Recipe
+from lmeff.recipe.measure import held_out
+from lmeff.train.evaluate import make_eval_step
 from lmeff.train.loop import Cost, Job, train
 from lmeff.train.metrics import read_metrics
 from lmeff.train.optim import OptimConfig, learning_rate_at, make_optimizer
 from lmeff.train.progress import Progress
-from lmeff.train.state import Trainable, create_state
+from lmeff.train.state import Trainable, TrainState, create_state
 from lmeff.train.step import Frozen, Model, Runtime
 
 Artifacts = Mapping[str, Artifact]
@@ -62,6 +64,7 @@ class Start(NamedTuple):
     """Where a stage begins.
 
     state: the compression's state carried over from the earlier artifact; None where the stage compresses anew.
+    note:  what was cut, in words.
     """
 
     cfg: ModelConfig
@@ -69,18 +72,19 @@ class Start(NamedTuple):
     recipe: Recipe
     state: State | None = None
     ranges: Any = None
+    note: str = ""
 
 
 def run_stage(shop: Workshop, stage: Stage, earlier: Artifacts, progress: Progress) -> Artifact:
     """Makes the artifact of a stage: starting weights, structure, compression, calibration, training, packing."""
+    began = time.perf_counter()
     start = starting_point(shop, stage, earlier)
     steps = shop.experiment.steps(stage)
-    began = time.perf_counter()
     if steps == 0:
-        made, cost = _untrained(start), Cost(time.perf_counter() - began, 0.0, 0)
+        params, state = start.params, _state(start)
+        cost = Cost(time.perf_counter() - began, 0.0, 0)
     else:
-        made, cost = _trained(shop, stage, start, earlier, progress, steps)
-    params, state = made
+        params, state, cost = _trained(shop, stage, start, earlier, progress)
     details = {"seconds": cost.seconds, "compile_seconds": cost.compile_seconds, "tokens": cost.tokens}
     artifact = Artifact(
         name=stage.name,
@@ -89,7 +93,7 @@ def run_stage(shop: Workshop, stage: Stage, earlier: Artifacts, progress: Progre
         params=params,
         state=state,
         ranges=start.ranges,
-        details=details | {"curve": _curve(shop.stage_dir(stage))},
+        details=details | {"curve": _curve(shop.stage_dir(stage)), "note": start.note},
     )
     return artifact.export() if stage.export else artifact
 
@@ -124,10 +128,10 @@ def starting_point(shop: Workshop, stage: Stage, earlier: Artifacts) -> Start:
         start = Start(origin.cfg, origin.params, recipe_of(stage, origin.cfg, earlier), origin.state, origin.ranges)
     else:
         origin = earlier[stage.start]
-        cfg, params = origin.cfg, materialize(origin.effective())
+        cfg, params, note = origin.cfg, materialize(origin.effective()), ""
         if stage.shrink is not None:
-            cfg, params = _shrunk(shop, stage.shrink, cfg, params)
-        start = Start(cfg, params, recipe_of(stage, cfg, earlier))
+            cfg, params, note = _shrunk(shop, stage.shrink, cfg, params)
+        start = Start(cfg, params, recipe_of(stage, cfg, earlier), note=note)
     return _calibrated(shop, stage, start)
 
 
@@ -138,11 +142,13 @@ def _random(shop: Workshop, cfg: ModelConfig) -> Any:
     return jax.jit(lambda key: initialize(key, specs, dtype), out_shardings=out)(jax.random.key(shop.experiment.seed))
 
 
-def _shrunk(shop: Workshop, config: ShrinkConfig, cfg: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
+def _shrunk(shop: Workshop, config: ShrinkConfig, cfg: ModelConfig, params: Any) -> tuple[ModelConfig, Any, str]:
     batches = shop.calibration(config.calibration_batches)
     found = scores(config.importance, cfg, params, batches, shop.layout, seed=config.seed)
-    smaller, params, _ = shrink(cfg, params, None, plan(config, cfg, found), layout=shop.layout)
-    return smaller, params
+    cut = plan(config, cfg, found)
+    smaller, params, _ = shrink(cfg, params, None, cut, layout=shop.layout)
+    note = ", ".join(f"{what} {before} to {after}" for what, before, after, _ in describe(cut, cfg))
+    return smaller, params, f"{note}; by {config.importance}"
 
 
 def _calibrated(shop: Workshop, stage: Stage, start: Start) -> Start:
@@ -172,15 +178,11 @@ def _state(start: Start) -> State:
     return jax.jit(lambda p: start.recipe.compression.init(p, specs))(start.params)
 
 
-def _untrained(start: Start) -> tuple[Any, State]:
-    return start.params, _state(start)
-
-
 def _trained(
-    shop: Workshop, stage: Stage, start: Start, earlier: Artifacts, progress: Progress, steps: int
-) -> tuple[tuple[Any, State], Cost]:
+    shop: Workshop, stage: Stage, start: Start, earlier: Artifacts, progress: Progress
+) -> tuple[Any, State, Cost]:
     teacher = earlier[stage.distill.teacher] if stage.distill else None
-    optim = stage.optim or shop.experiment.optim
+    optim, steps = stage.optim or shop.experiment.optim, shop.experiment.steps(stage)
     rt = runtime(shop, start, optim, steps, stage.distill, teacher)
     state = create_state(start.params, rt.specs, rt.compression, rt.tx, shop.layout, ema=rt.ema is not None)
     if start.state is not None:
@@ -188,7 +190,7 @@ def _trained(
         state = state._replace(trainable=trainable, auxiliary=start.state.auxiliary)
     frozen = Frozen(ranges=start.ranges)
     if teacher is not None:
-        frozen = frozen._replace(teacher=materialize(teacher.effective()), teacher_ranges=teacher.ranges)
+        frozen = frozen._replace(teacher=teacher.effective(), teacher_ranges=teacher.ranges)
     job = Job(
         rt=rt,
         frozen=frozen,
@@ -198,9 +200,25 @@ def _trained(
         directory=shop.stage_dir(stage),
         learning_rate=lambda step: learning_rate_at(optim, steps, step),
         metadata={"stage": stage.name},
+        evaluate=None if shop.experiment.train.eval_every is None else validation_loss(shop, rt, start.ranges),
     )
     state, cost = train(job, state, progress=progress, resume=shop.resume)
-    return (state.final.params, State(state.final.compression, state.auxiliary)), cost
+    return state.final.params, State(state.final.compression, state.auxiliary), cost
+
+
+def validation_loss(shop: Workshop, rt: Runtime, ranges: Any) -> Callable[[TrainState], float]:
+    """Nats per token of the model in training on the validation split."""
+    step, options = make_eval_step(rt.student, rt.layout, rt.policy), shop.experiment.evaluate
+
+    def loss(state: TrainState) -> float:
+        compression = State(state.final.compression, state.auxiliary)
+
+        def run(batch: Any) -> Any:
+            return step(state.final.params, compression, ranges, batch)
+
+        return held_out(run, shop.corpus.validation, rt.layout, options.batch, options.batches).mean
+
+    return loss
 
 
 def runtime(

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lmeff.compress.config import Prune, Quantize, describe, pruned
 from lmeff.compress.storage import CONVENTION as STORAGE
-from lmeff.compress.storage import quantized_bytes, storage_bits
+from lmeff.compress.storage import Sparse, quantized_bytes, storage_bits
 from lmeff.config import Claim, Experiment, Stage
 from lmeff.config.schema import flat_values
 from lmeff.core.numerics import materialize
@@ -73,7 +73,7 @@ def _row(
 ) -> ArtifactRow:
     specs = param_specs(artifact.cfg)
     seen = artifact.effective()
-    bits = storage_bits(seen, pruned(artifact.recipe.transforms, specs))
+    bits = storage_bits(seen, sparse_leaves(shop, stage, artifact))
     mean, low, high = bootstrap_mean(losses.nats, losses.tokens, samples=shop.experiment.evaluate.samples)
     median, fast, slow = times
     return ArtifactRow(
@@ -96,6 +96,17 @@ def _row(
         rules=rule_rows(artifact.recipe.transforms, specs),
         note=artifact.details.get("note", ""),
     )
+
+
+def sparse_leaves(shop: Workshop, stage: Stage, artifact: Artifact) -> dict[str, Sparse]:
+    """The leaves that have masks, of this stage or of one that it came from; an inherited N:M pattern counts as a plain mask."""
+    found: dict[str, Sparse] = {}
+    start = stage.start
+    while start is not None:
+        origin = shop.experiment.stage(start)
+        found |= dict.fromkeys(pruned(origin.compress, param_specs(shop.shapes[start])), Sparse())
+        start = origin.start
+    return found | pruned(artifact.recipe.transforms, param_specs(artifact.cfg))
 
 
 def rule_rows(transforms: tuple[Any, ...], specs: Tree) -> tuple[RuleRow, ...]:

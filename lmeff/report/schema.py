@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cattrs
+
+from lmeff.core.decode import explain
 from lmeff.core.errors import CheckpointError, DataError
-from lmeff.report.decode import Mismatch, decode
 from lmeff.report.files import write_text
 
 FORMAT = "lmeff-report/1"
@@ -148,9 +150,15 @@ class Report:
         if content.pop("digest", None) != _digest(content):
             raise _damaged(path, "its content does not match its digest")
         try:
-            return decode(Report, content, "report")
-        except (Mismatch, DataError) as error:
-            raise _damaged(path, str(error)) from error
+            return _converter().structure(content, Report)
+        except cattrs.BaseValidationError as error:
+            raise _damaged(path, explain(error, "report")) from error
+
+
+def _converter() -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    converter.register_structure_hook(float, lambda value, _: math.nan if value is None else float(value))
+    return converter
 
 
 def config_rows(config: dict[str, Any], prefix: str = "") -> list[tuple[str, str, str]]:

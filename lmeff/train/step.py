@@ -46,6 +46,7 @@ class Model(NamedTuple):
             view_state=state,
             ranges=ranges,
             remat=remat,
+            unroll=layout.layers_at_once(remat),
             compute_dtype=policy.compute,
             output_dtype=policy.output,
         )

@@ -17,7 +17,7 @@ from lmeff.models.transformer import forward, param_specs
 from lmeff.parallel.mesh import MeshPlan, make_layout
 from lmeff.parallel.seam import layout_ops
 from lmeff.train.optim import OptimConfig, make_optimizer
-from lmeff.train.state import build_state
+from lmeff.train.state import create_state
 from lmeff.train.step import Frozen, Model, Runtime, make_train_step
 from tests.compress.structure import ONE, make_batch, make_model
 
@@ -139,7 +139,7 @@ def trained():
         policy=Policy(),
     )
     step = jax.jit(make_train_step(rt), donate_argnums=0)
-    state = build_state(params, specs, identity(), tx, ema=False)
+    state = create_state(params, specs, identity(), tx, ONE, ema=False)
     for i in range(120):
         state, _ = step(state, jax.tree.map(jnp.asarray, make_batch(seed=100 + i, rows=16)), Frozen())
     held_out = make_batch(seed=7, rows=64)

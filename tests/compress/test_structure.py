@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmeff.compress.base import LeafTransform, identity, only, per_leaf
+from lmeff.compress.base import LeafTransform, chain, identity, only, per_leaf
 from lmeff.compress.importance import scores
+from lmeff.compress.prune import Ramp, magnitude_pruning
+from lmeff.compress.quantize import fake_quantization
 from lmeff.compress.shrink import Plan, ShrinkConfig, apply_masks, describe, masked, plan, shrink, smaller
 from lmeff.core.errors import ConfigError
 from lmeff.core.numerics import materialize, parse_format, quantize
@@ -154,7 +156,8 @@ def test_trains_on_as_the_masked_model_does(optimizer):
     masks = masked(cfg, cut)
     big, open_ = runtime(cfg, tx, masking(masks)), masking(jax.tree.map(jnp.ones_like, masks))
     big_step = jax.jit(make_train_step(big))
-    state, _ = train_steps(big_step, build_state(params, big.specs, open_, tx, ema=True), 0, 5)
+    state = create_state(params, big.specs, open_, tx, ONE, ema=True)
+    state, _ = train_steps(big_step, state, 0, 5)
     masks_state = big.compression.init(params, big.specs).auxiliary
     big_state, big_losses = train_steps(big_step, state._replace(auxiliary=masks_state), 5, 10)
 
@@ -172,7 +175,9 @@ def test_trains_on_as_the_masked_model_does(optimizer):
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
     # Control: moments that start anew do not give this training.
-    fresh, _ = train_steps(small_step, build_state(small_params, small.specs, identity(), small_tx, ema=True), 5, 10)
+    fresh, _ = train_steps(
+        small_step, create_state(small_params, small.specs, identity(), small_tx, ONE, ema=True), 5, 10
+    )
     moved = np.abs(fresh.trainable.params["blocks"]["mlp"]["up"] - small_state.trainable.params["blocks"]["mlp"]["up"])
     assert moved.max() > 1e-4
 
@@ -191,43 +196,41 @@ def test_every_optimizer_state_has_the_smaller_shape(optimizer):
             jax.random.key(0),
         )
 
-    def cut_state(key):
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), born(cfg))
-
-    _, _, got = shrink(cfg, params, cut_state(None), cut)
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), born(cfg))
+    _, _, got = shrink(cfg, params, state, cut)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), got) == jax.tree.map(lambda x: (x.shape, x.dtype), born(new))
 
 
 def test_factored_moments_are_refused():
     cfg = ModelConfig(vocab=8, width=128, layers=1, heads=2, kv_heads=1, ffn=128)
-    params = jax.tree.map(jnp.zeros_like, initialize(jax.random.key(0), param_specs(cfg)))
+    params = map_with_path(lambda _, spec: np.zeros(spec.shape, np.float32), param_specs(cfg))
     tx = make_optimizer(OptimConfig(name="adafactor"), 10, policy=Policy(), specs=param_specs(cfg))
     with pytest.raises(ConfigError, match=r"v_row.*cannot be cut exactly.*adamw"):
-        shrink(cfg, params, tx.init(params), random_plan(cfg, {"ffn": 64}))
+        shrink(cfg, params, jax.jit(tx.init)(params), random_plan(cfg, {"ffn": 64}))
 
 
 def test_compression_state_is_cut_along():
+    """Masks and learned scales: the cut model sees bit for bit the cut of what the big one sees."""
     cfg, params = variant("grouped, gated, tied")
     cut = random_plan(cfg, PRODUCTS["grouped, gated, tied"])
+    matrices = ((".*/(w[qkvo]|up|gate|down)", True), (".*", False))
+    lsq = fake_quantization(parse_format("int4"), method="lsq")
+    compression = chain(only(matrices, magnitude_pruning(Ramp(0.5))), only(matrices, lsq))
+    state, seen = jax.jit(lambda p: _init_and_apply(compression, p, cfg))(params)
+    new, small, small_state = shrink(cfg, params, state, cut)
+    fresh = jax.eval_shape(lambda p: compression.init(p, param_specs(new)), small)
+    assert jax.tree.map(jnp.shape, small_state) == jax.tree.map(jnp.shape, fresh)
+    _, want, _ = shrink(cfg, seen, None, cut)
+    got = jax.jit(compression.apply)(small, small_state)
+    for path, x in flatten(want).items():
+        np.testing.assert_array_equal(flatten(got)[path], x, err_msg=path)
+    up = flatten(want)["blocks/mlp/up"]
+    assert len(np.unique(up)) < up.size / 2  # masked and on a grid of few steps
 
-    def init(w, spec):
-        mask = jnp.arange(w.size).reshape(w.shape) % 2 == 0
-        scale = jnp.abs(w).max(spec.axes, keepdims=True)
-        return scale, {"mask": mask, "steps": jnp.int32(3)}
 
-    transform = LeafTransform(init, lambda w, t, a: w, lambda w, g, t, a, s: a, lambda w, t, a: w)
-    compression = only(((".*(wq|wk|wo|up|down)", True), (".*", False)), per_leaf(transform))
+def _init_and_apply(compression, params, cfg):
     state = compression.init(params, param_specs(cfg))
-    new, small, got = shrink(cfg, params, state, cut)
-    fresh = compression.init(small, param_specs(new))
-    assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, fresh)
-    rows = np.asarray(cut.layers)
-    up = state.trainable["blocks"]["mlp"]["up"].value  # [L, 1, F]: one scale per neuron
-    want = np.take_along_axis(np.asarray(up)[rows], cut.neurons[:, None], axis=2)
-    np.testing.assert_array_equal(got.trainable["blocks"]["mlp"]["up"].value, want)
-    mask = got.auxiliary["blocks"]["attn"]["wo"].value["mask"]
-    whole = np.asarray(state.auxiliary["blocks"]["attn"]["wo"].value["mask"])[rows]
-    np.testing.assert_array_equal(mask, np.take_along_axis(whole, cut.heads[:, :, None, None], axis=1))
+    return state, compression.apply(params, state)
 
 
 def test_packed_weights_are_cut_where_that_is_exact():

@@ -30,7 +30,7 @@ UNOPTIMIZED = {"xla_backend_optimization_level": 0}  # of LLVM: half the compile
 MODELS = {
     "grouped": ModelConfig(vocab=96, width=64, layers=2, heads=8, kv_heads=4, ffn=128, tied=False),
     "tied": ModelConfig(vocab=96, width=64, layers=2, heads=8, kv_heads=8, ffn=128, qk_norm=True, logit_softcap=20.0),
-    "deep": ModelConfig(vocab=96, width=32, layers=8, heads=4, kv_heads=4, ffn=128),
+    "deep": ModelConfig(vocab=96, width=32, layers=16, heads=4, kv_heads=4, ffn=128),
 }
 TEACHER = ModelConfig(vocab=96, width=32, layers=2, heads=8, kv_heads=8, ffn=64, tied=False)
 INT8 = Quantize(rules=((MATRICES, "int8"), (".*", None)))

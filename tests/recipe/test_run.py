@@ -71,8 +71,9 @@ def test_packed_integers_measure_like_the_fake_quantized_model(finished):
 
 def test_claims_are_checked(finished):
     verdicts = finished[2]["verdicts"]
-    assert [verdict["passed"] for verdict in verdicts] == [True, True]
-    assert "of the bytes" in verdicts[0]["detail"]
+    assert [verdict["passed"] for verdict in verdicts] == [True, True, True]
+    assert [verdict["bound"] for verdict in verdicts] == [0.5, 0.5, 1.0]
+    assert 0.25 < verdicts[1]["measured"] < 0.5
 
 
 def test_running_again_reads_back_and_measures_the_same(finished):
@@ -110,10 +111,20 @@ def test_report_is_written_again_from_its_json(finished):
 
 
 def test_train_makes_one_stage_and_what_it_reads(tmp_path):
-    config = write_config(tmp_path, write_text(tmp_path))
-    report = lmeff_json("train", config, "--stage", "student", "--train.steps", 1, "--recipe.student.steps", 1)
-    assert [row["name"] for row in report["artifacts"]] == ["teacher", "student"]
-    assert sorted(path.name for path in (tmp_path / "runs/small/stages").iterdir()) == ["student", "teacher"]
+    recipe = """
+        Stage(name="teacher"),
+        Stage(name="int8", start="teacher", compress=(Quantize(),), steps=0, export=True),
+        Stage(name="unused"),
+        Stage(name="student", model=STUDENT, distill=Distill(teacher="int8")),
+    """
+    config = write_config(tmp_path, write_text(tmp_path), recipe=recipe, claims="")
+    report = lmeff_json("train", config, "--stage", "student", "--train.steps", 1, "--train.eval-every", 1)
+    assert [row["name"] for row in report["artifacts"]] == ["teacher", "int8", "student"]
+    stages = tmp_path / "runs/small/stages"
+    assert sorted(path.name for path in stages.iterdir()) == ["int8", "student", "teacher"]
+    (line,) = (stages / "student/metrics.jsonl").read_text().splitlines()
+    assert 0 < json.loads(line)["eval_loss"] < math.log(264) + 1
+    assert json.loads(line)["kl"] >= 0
 
 
 def test_no_resume_refuses_a_run_that_is_there(finished):

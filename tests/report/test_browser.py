@@ -11,9 +11,9 @@ import subprocess
 import threading
 
 import pytest
-from report_sample import make_report
 
 from lmeff.report.html import render
+from tests.report.report_sample import make_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on the PATH; apt-get install chromium")

@@ -7,10 +7,10 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from report_sample import make_report
 
 from lmeff.report.html import render, write_html
 from lmeff.report.schema import Verdict
+from tests.report.report_sample import make_report
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 HOSTILE = "<script>alert('x')</script>\"&amp;{{ 901*7 }}</title>$x_{1$\x1b\x00</style>"

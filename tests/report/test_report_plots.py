@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-from report_sample import make_report
 
 from lmeff.core.errors import MissingExtra
 from lmeff.report.curves import spread
@@ -16,6 +15,7 @@ from lmeff.report.frontier import frontier, log_ticks, scale_top, short_number
 from lmeff.report.labels import overlap, place
 from lmeff.report.plots import make_plots
 from lmeff.report.words import AXES
+from tests.report.report_sample import make_report
 
 
 @pytest.fixture(scope="module")

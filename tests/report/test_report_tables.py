@@ -4,12 +4,12 @@ import io
 import math
 
 import pytest
-from report_sample import make_report
 from rich.console import Console
 
 from lmeff.report import words
 from lmeff.report.schema import ArtifactRow, Comparison, Report, RuleRow, Verdict
 from lmeff.report.tables import print_artifacts, print_comparisons, print_rules
+from tests.report.report_sample import make_report
 
 
 @pytest.fixture(scope="module")

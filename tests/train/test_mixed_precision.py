@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lmeff.core.errors import ConfigError
+from lmeff.core.ops import plain_einsum
 from lmeff.core.precision import Policy, parse
 from lmeff.train.loss_scale import LossScaleState, current_scale, dynamic_loss_scale, find
 from lmeff.train.optim import OptimConfig
@@ -73,15 +74,25 @@ def test_every_product_of_the_blocks_is_narrow_with_wide_sums():
     assert {x.dtype for x in jax.tree.leaves(state.trainable)} == {jnp.dtype(jnp.float32)}
     assert {x.dtype for x in jax.tree.leaves(state.opt) if x.ndim} == {jnp.dtype(jnp.bfloat16)}
     found = list(products(jaxpr.jaxpr))
-    vocabulary = [p for p in found if 64 in p[3] and p[3] in ((8 * 32, 64), (64, 32), (8 * 32, 32))]
-    blocks = [p for p in found if p not in vocabulary]
-    weights = [p for p in blocks if p[1] == (jnp.bfloat16, jnp.bfloat16)]
-    assert len(weights) >= 7 * 3  # each weight of a block: forward, and two backward
-    assert {p[2] for p in weights} <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}
-    forward = [p for p in weights if p[2] == jnp.float32]
-    assert len(forward) >= 7
+    wide = sorted(p[3] for p in found if p[1] != (jnp.bfloat16, jnp.bfloat16))
+    assert wide == [(64, 32), (8 * 32, 32), (8 * 32, 64)]  # logits and their two gradients: the output is float32
+    assert len(found) - len(wide) == 3 * 7 + 7  # each weight of a block and its two gradients; the blocks of attention
+    assert {p[2] for p in found} == {jnp.dtype(jnp.float32)}  # every sum
     out = rt.student.run(rt.layout, *_inputs(rt), None, rt.policy, "none")
     assert (out.hidden_BTD.dtype, out.head.dtype) == (jnp.float32, jnp.bfloat16)
+
+
+def test_narrow_gradients_are_those_of_the_float32_product():
+    key = jax.random.key(0)
+    x, w = (jax.random.normal(key, s).astype(jnp.bfloat16) for s in ((3, 5, 4, 8), (4, 8, 6)))
+    g = jax.random.normal(key, (3, 5, 6)).astype(jnp.bfloat16)
+    narrow, pull = jax.vjp(lambda x, w: plain_einsum("BTHC,HCD->BTD", x, w), x, w)
+    wide, exact = jax.vjp(
+        lambda x, w: plain_einsum("BTHC,HCD->BTD", x, w), x.astype(jnp.float32), w.astype(jnp.float32)
+    )
+    for a, b in zip((narrow, *pull(g)), (wide, *exact(g.astype(jnp.float32))), strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=2**-8, atol=1e-6)  # rounded once
 
 
 def _inputs(rt):

@@ -1,0 +1,77 @@
+"""A whole run killed at any moment goes on with the same command and ends bit for bit as if it had not been."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.runs import write_config, write_text
+
+RECIPE = """
+            Stage(name="teacher", steps=60),
+            Stage(name="composed", start="teacher", compress=(Prune(sparsity=0.5, end=10), Quantize(method="lsq")), distill=Distill(teacher="teacher"), steps=20),
+            Stage(name="packed", start="composed", steps=0, export=True),
+"""
+
+
+def start(config, name, *options):
+    """The command line in a process of its own, on one device."""
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "lmeff.cli", "run", str(config), "--name", name, "--json", *options]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path):
+    config = write_config(tmp_path, write_text(tmp_path), recipe=RECIPE, claims="")
+    began = time.monotonic()
+    whole = finish(start(config, "whole"))
+    seconds = time.monotonic() - began
+    moments, kills = random.Random(0), 0
+    for _ in range(5):
+        process = start(config, "killed")
+        try:
+            process.wait(timeout=moments.uniform(0.25, 0.55) * seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        process.stdout.close()
+        process.stderr.close()
+    again = finish(start(config, "killed"))
+    assert kills >= 2
+    assert [row["loss"] for row in again["artifacts"]] == [row["loss"] for row in whole["artifacts"]]
+    for stage in ("teacher", "composed"):
+        rows = [
+            [json.loads(line) for line in (tmp_path / "runs" / name / "stages" / stage / "metrics.jsonl").read_text().splitlines()]
+            for name in ("whole", "killed")
+        ]
+        assert [(r["step"], r["loss"]) for r in rows[0]] == [(r["step"], r["loss"]) for r in rows[1]]
+
+
+@pytest.mark.slow
+def test_forced_devices_and_a_second_process_on_the_same_run(tmp_path):
+    config = write_config(tmp_path, write_text(tmp_path), recipe='Stage(name="a", steps=400),', claims="")
+    first = start(config, "busy", "--devices", "4", "--mesh.fsdp", "2", "--train.log-every", "1")
+    lock, deadline = tmp_path / "runs/busy/.lock", time.monotonic() + 120
+    while not (lock.exists() and lock.read_text().startswith("process")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    second = start(config, "busy", "--devices", "4", "--mesh.fsdp", "2", "--train.log-every", "1")
+    _, err = second.communicate(timeout=120)
+    assert second.returncode == 5
+    assert "in use by process" in err
+    report = finish(first)
+    assert report["environment"]["devices"].startswith("4 x")
+    assert report["environment"]["mesh"] == "data 2, fsdp 2, tensor 1"

@@ -1,0 +1,73 @@
+"""The documentation is true: its code runs, and the files and commands it names exist."""
+
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lmeff.compress.base import LeafTransform, State, per_leaf
+from lmeff.compress.config import KINDS
+from lmeff.config.validate import validate
+from lmeff.core.numerics import materialize
+from lmeff.core.specs import initialize
+from lmeff.core.tree import flatten
+from lmeff.models.config import PRESETS
+from lmeff.models.transformer import param_specs
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/extend.md")
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture
+def extension():
+    """Everything that the page on extending defines; its row of the table is taken away afterwards."""
+    kinds, namespace = dict(KINDS), {}
+    for code in blocks("docs/extend.md"):
+        exec(compile(code, "docs/extend.md", "exec"), namespace)
+    yield namespace
+    KINDS.clear()
+    KINDS.update(kinds)
+
+
+def test_the_extension_holds_its_laws(extension):
+    specs = param_specs(PRESETS["tiny"])
+    params = initialize(jax.random.key(0), specs)
+    for name, member in extension["MEMBERS"].items():
+        state = jax.jit(lambda p, m=member: m.init(p, specs))(params)
+        seen = jax.jit(member.apply)(params, state)
+        exported = materialize(jax.jit(member.export)(params, state))
+        for path, w in flatten(seen).items():
+            np.testing.assert_array_equal(w, flatten(exported)[path], err_msg=f"{name}: {path}")
+    rounded = np.asarray(extension["round_to_power_of_two"](params["blocks"]["mlp"]["up"]))
+    assert set(np.frexp(np.abs(rounded[rounded != 0]))[0]) == {0.5}
+
+
+def test_the_extension_s_experiment_is_valid(extension):
+    experiment = extension["experiment"]
+    assert validate(experiment, jax.device_count()).keys() == {"teacher", "rounded"}
+
+
+def test_the_readme_s_config_is_valid_and_its_transform_rounds():
+    config, transform = blocks("README.md")
+    namespace = {}
+    exec(compile(config, "README.md", "exec"), namespace)
+    assert validate(namespace["experiment"](), jax.device_count()).keys() == {"teacher", "small", "packed"}
+    namespace = {"jax": jax, "jnp": jax.numpy, "per_leaf": per_leaf, "LeafTransform": LeafTransform}
+    exec(compile(transform, "README.md", "exec"), namespace)
+    assert namespace["power_of_two"]().apply({}, State({}, {})) == {}
+    np.testing.assert_array_equal(namespace["round_to_power_of_two"](np.float32([3.0, -0.6, 0.0])), [4.0, -0.5, 0.0])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_targets_exist(page):
+    text = (ROOT / page).read_text()
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert set(re.findall(r"`?make ([a-z-]+)", text)) <= targets
