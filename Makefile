@@ -15,7 +15,7 @@ test: $(VENV)/test.installed  ## Everything but the tests marked slow.
 	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/test.installed  ## What `make test` leaves out.
-	$(PYTEST) -m slow
+	$(PYTEST) --dist worksteal -m slow
 
 lint: $(VENV)/lint.installed $(VENV)/test.installed  ## Style, types, and which module may import which.
 	$(BIN)/ruff check .

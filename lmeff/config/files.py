@@ -13,6 +13,7 @@ from cattrs.strategies import configure_tagged_union
 from lmeff.config.schema import Experiment, Transform, flat_values
 from lmeff.core.decode import explain
 from lmeff.core.errors import CheckpointError, ConfigError
+from lmeff.core.files import write_text
 
 FILE = "config.json"
 
@@ -86,9 +87,7 @@ def to_json(experiment: Experiment) -> dict[str, Any]:
 
 def write(experiment: Experiment, directory: Path) -> None:
     """Keeps the resolved config with its run."""
-    partial = directory / f"{FILE}.tmp"
-    partial.write_text(json.dumps(to_json(experiment), indent=1) + "\n", encoding="utf-8")
-    partial.replace(directory / FILE)
+    write_text(directory / FILE, json.dumps(to_json(experiment), indent=1) + "\n")
 
 
 def read(directory: Path) -> Experiment:

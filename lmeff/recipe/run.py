@@ -13,6 +13,7 @@ from lmeff.config.files import check_resume, write
 from lmeff.config.validate import validate
 from lmeff.core.errors import CheckpointError
 from lmeff.core.extras import require
+from lmeff.core.files import write_text
 from lmeff.data.loader import build
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
@@ -115,8 +116,7 @@ def make_or_load(shop: Workshop, stage: Stage, earlier: Mapping[str, Artifact], 
     finally:
         progress.close()
     save(artifact, shop.stage_dir(stage) / "artifact")
-    done = shop.stage_dir(stage) / "done.json"
-    done.write_text(json.dumps({"stage": stage.name, "steps": steps}) + "\n", encoding="utf-8")
+    write_text(shop.stage_dir(stage) / "done.json", json.dumps({"stage": stage.name, "steps": steps}) + "\n")
     if artifact.details["note"]:
         console.print(f"{stage.name}: {artifact.details['note']}", highlight=False)
     return artifact

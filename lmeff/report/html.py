@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lmeff.core.extras import require
+from lmeff.core.files import write_text
 from lmeff.report import words
-from lmeff.report.files import write_text
 from lmeff.report.frontier import frontier
 from lmeff.report.plots import make_plots
 from lmeff.report.schema import ArtifactRow, Report, config_rows

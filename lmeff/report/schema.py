@@ -12,7 +12,7 @@ import cattrs
 
 from lmeff.core.decode import explain
 from lmeff.core.errors import CheckpointError, DataError
-from lmeff.report.files import write_text
+from lmeff.core.files import write_text
 
 FORMAT = "lmeff-report/1"
 Interval = tuple[float, float]

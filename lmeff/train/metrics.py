@@ -7,17 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lmeff.core.files import write_text
+
 
 class MetricsWriter:
     """Appends one object a line: step, wall-clock seconds, values. Resuming drops lines of steps that will be run again."""
 
     def __init__(self, path: Path, *, resume_step: int = 0) -> None:
         """Opens the file; lines after `resume_step` are cut, so that a resumed run has neither gaps nor doubles."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if path.exists() else []
-        partial = path.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        partial.replace(path)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -7,15 +7,15 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from lmeff.core.files import write_text
+
 NAME = "SHA256SUMS"
 THREADS = 4
 
 
 def seal(directory: Path) -> None:
     """Writes the sums of all files below `directory`; complete or not at all."""
-    partial = directory / f"{NAME}.tmp"
-    partial.write_text("".join(f"{value}  {path}\n" for path, value in _sums(directory).items()), encoding="utf-8")
-    partial.replace(directory / NAME)
+    write_text(directory / NAME, "".join(f"{value}  {path}\n" for path, value in _sums(directory).items()))
 
 
 def broken(directory: Path) -> str | None:
@@ -38,8 +38,7 @@ def broken(directory: Path) -> str | None:
 
 
 def _sums(directory: Path) -> dict[str, str]:
-    names = (NAME, f"{NAME}.tmp")
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.relative_to(directory).as_posix() not in names)
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / NAME)
     with ThreadPoolExecutor(THREADS) as pool:
         return dict(zip((p.relative_to(directory).as_posix() for p in files), pool.map(_sum, files), strict=True))
 

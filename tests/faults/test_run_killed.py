@@ -14,7 +14,13 @@ from tests.runs import write_config, write_text
 
 RECIPE = """
             Stage(name="teacher", steps=60),
-            Stage(name="composed", start="teacher", compress=(Prune(sparsity=0.5, end=10), Quantize(method="lsq")), distill=Distill(teacher="teacher"), steps=20),
+            Stage(
+                name="composed",
+                start="teacher",
+                compress=(Prune(sparsity=0.5, end=10), Quantize(method="lsq")),
+                distill=Distill(teacher="teacher"),
+                steps=20,
+            ),
             Stage(name="packed", start="composed", steps=0, export=True),
 """
 
@@ -54,7 +60,10 @@ def test_killed_at_random_moments(tmp_path):
     assert [row["loss"] for row in again["artifacts"]] == [row["loss"] for row in whole["artifacts"]]
     for stage in ("teacher", "composed"):
         rows = [
-            [json.loads(line) for line in (tmp_path / "runs" / name / "stages" / stage / "metrics.jsonl").read_text().splitlines()]
+            [
+                json.loads(line)
+                for line in (tmp_path / "runs" / name / "stages" / stage / "metrics.jsonl").read_text().splitlines()
+            ]
             for name in ("whole", "killed")
         ]
         assert [(r["step"], r["loss"]) for r in rows[0]] == [(r["step"], r["loss"]) for r in rows[1]]
