@@ -46,7 +46,7 @@ OPTIONS = {
     "sequence": (["--data.sequence", "1"], 3, ["data.sequence", "got 1"]),
     "unknown source": (["--data.source", "texts"], 3, ["source", "'texts'", "text"]),
     "path that is not there": (["--data.path", "/nowhere/at/all.txt"], 4, ["/nowhere/at/all.txt"]),
-    "too little text": (["--data.max-bytes", "2000"], 4, ["too little text", "max_bytes"]),
+    "too little text": (["--data.max-bytes", "500"], 4, ["too little text", "max_bytes"]),
     "unknown option": (["--mesh.tensr", "2"], 2, ["--mesh.tensor"]),
     "not a number": (["--train.steps", "many"], 2, ["--train.steps", "many"]),
 }
