@@ -22,7 +22,7 @@ TEACHER = ModelConfig(vocab=264, width=128, layers=4, heads=4, kv_heads=2, ffn=3
 STUDENT = ModelConfig(vocab=264, width=96, layers=2, heads=4, kv_heads=2, ffn=256)
 MATRICES = "blocks/(attn/w[qkvo]|mlp/(up|gate|down))"
 INT8 = ((MATRICES, "int8"), ("embed/table", "int8"), (".*", None))
-INT4 = ((MATRICES, "int4/g32"), ("embed/table", "int8"), (".*", None))
+INT4 = ((MATRICES, "int4"), ("embed/table", "int8"), (".*", None))
 
 
 def experiment() -> Experiment:
@@ -46,9 +46,9 @@ def experiment() -> Experiment:
                 steps=60,
             ),
             Stage(name="shrunk", start="teacher", shrink=ShrinkConfig(ffn=172, kv_heads=1), steps=0),
-            Stage(name="shrunk-recovered", start="shrunk", distill=learn, optim=recover, steps=80),
-            Stage(name="student", model=STUDENT, distill=learn, steps=200),
-            Stage(name="student-control", model=STUDENT, steps=200),
+            Stage(name="shrunk-recovered", start="shrunk", distill=learn, optim=recover, steps=120),
+            Stage(name="student", model=STUDENT, distill=learn, steps=250),
+            Stage(name="student-control", model=STUDENT, steps=250),
             Stage(name="int8", start="teacher", compress=(Quantize(rules=INT8),), steps=0, export=True),
             Stage(name="int4", start="teacher", compress=(Quantize(rules=INT4),), steps=0, export=True),
             Stage(
