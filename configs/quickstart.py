@@ -55,7 +55,6 @@ def experiment() -> Experiment:
                 name="qat-int4",
                 start="teacher",
                 compress=(Quantize(rules=INT4),),
-                distill=learn,
                 optim=recover,
                 steps=60,
             ),
