@@ -70,4 +70,4 @@ def test_files_and_targets_exist(page):
     for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (ROOT / page).parent.joinpath(link).exists(), link
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    assert set(re.findall(r"`?make ([a-z-]+)", text)) <= targets
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, flags=re.MULTILINE)) <= targets
