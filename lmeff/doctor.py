@@ -20,7 +20,7 @@ EXTRAS = {
     "text": ("tokenizers",),
     "parquet": ("pyarrow",),
     "hf": ("datasets",),
-    "remote": ("fsspec",),
+    "remote": ("fsspec", "gcsfs"),
 }
 DISK_GIB = 2.0
 MEMORY_GIB = 3.0
