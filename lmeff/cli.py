@@ -25,7 +25,7 @@ from lmeff.recipe.evaluate import evaluate
 from lmeff.recipe.run import run
 from lmeff.report.html import write_html
 from lmeff.report.schema import Report
-from lmeff.report.tables import print_artifacts
+from lmeff.report.tables import print_artifacts, print_comparisons
 
 Json = dict[str, Any]
 
@@ -155,6 +155,7 @@ def _report(command: MakeReport, overrides: Sequence[str], console: Console) -> 
     report = Report.read(command.run / "report.json")
     write_html(report, command.run / "report.html")
     print_artifacts(report, console)
+    print_comparisons(report, console)
     console.print(f"report: {command.run / 'report.html'}", highlight=False)
     return report.to_json()
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 
 from lmeff.compress.base import Compression, State
-from lmeff.core.specs import abstract
 from lmeff.core.tree import Tree
 from lmeff.parallel.mesh import Layout, shardings
 
@@ -54,23 +53,6 @@ def build_state(
     trainable = Trainable(params, made.trainable)
     average = jax.tree.map(lambda x: x.astype(jnp.float32), trainable) if ema else None
     return TrainState(trainable, tx.init(trainable), made.auxiliary, average, jnp.int32(0))
-
-
-def abstract_state(
-    specs: Tree,
-    compression: Compression,
-    tx: optax.GradientTransformation,
-    layout: Layout,
-    *,
-    dtype: Any,
-    ema: bool,
-) -> TrainState:
-    """The state as `jax.ShapeDtypeStruct`s with shardings: what a checkpoint is restored into. Needs no device memory."""
-
-    def build(params: Any) -> TrainState:
-        return build_state(params, specs, compression, tx, ema=ema)
-
-    return with_shardings(jax.eval_shape(build, abstract(specs, dtype)), specs, layout)
 
 
 def with_shardings(tree: Any, specs: Tree, layout: Layout) -> Any:
