@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from lmeff.parallel.tables import B, F, Schedule, W
+from lmeff.parallel.tables import B, F, Schedule, W, check
 
 NOTHING, ACTIVATION, GRADIENT = range(3)  # what arrives, and so the buffer it goes to
 NOWHERE, FORWARD, BACKWARD, LOCAL = range(4)  # where a payload goes
@@ -169,7 +169,11 @@ def _spread(schedule: Schedule, rows: np.ndarray, kinds: tuple[int, ...]) -> np.
 
 
 def compile_schedule(schedule: Schedule, stash_until: Literal["B", "W"] = "B") -> Program:
-    """The program of a schedule that `check` accepts. `stash_until`: the op that reads a stash for the last time."""
+    """The program of a schedule; raises `ConfigError` where `check` refuses it.
+
+    stash_until: the op that reads a stash for the last time.
+    """
+    check(schedule)
     shape = (schedule.ticks, schedule.stages)
     rows = slots(schedule, stash_until)
     ops = np.array(schedule.table, np.int32)

@@ -134,3 +134,66 @@ def _waiting(orders: Sequence[Sequence[Op]], at: Sequence[int]) -> str:
         if i < len(ops)
     ]
     return "; ".join(heads) + ". Expected orders in which some operation can always go on"
+
+
+def check(schedule: Schedule) -> None:
+    """Raises `ConfigError`, which names the cell, unless every operation is there once and comes after all that it needs."""
+    _check_shape(schedule)
+    last = schedule.slices - 1
+    at: dict[tuple[int, int, int], int] = {}
+    for t, row in enumerate(schedule.table):
+        for s, op in enumerate(row):
+            if op.kind != IDLE:
+                _check_op(schedule, t, s, op)
+                key = op.kind, op.microbatch, schedule.slice_of(s, op.chunk)
+                if key in at:
+                    raise ConfigError(f"{_cell(schedule, t, s)} is there already at tick {at[key]}; expected once")
+                at[key] = t
+    for index in range(schedule.slices):
+        for i in range(schedule.microbatches):
+            for kind in (F, B, W):
+                if (kind, i, index) not in at:
+                    raise ConfigError(f"schedule {schedule.name}: {_words(kind, i, index)} is missing; expected once")
+    for (kind, i, index), t in at.items():
+        for need in needs(kind, i, index, last):
+            if at[need] >= t:
+                raise ConfigError(
+                    f"{_cell(schedule, t, schedule.home(index)[0])} needs {_words(*need)}, which is at tick {at[need]}; expected before {t}"
+                )
+
+
+def _check_shape(schedule: Schedule) -> None:
+    where = f"schedule {schedule.name}"
+    for what in ("stages", "microbatches", "chunks"):
+        if getattr(schedule, what) < 1:
+            raise ConfigError(f"{where}: got {what} = {getattr(schedule, what)}, expected at least 1")
+    if schedule.placement not in ("loop", "v") or (schedule.placement == "v" and schedule.chunks != 2):
+        raise ConfigError(
+            f"{where}: got placement {schedule.placement!r} with chunks = {schedule.chunks}, expected loop, or v with 2 chunks"
+        )
+    for t, row in enumerate(schedule.table):
+        if len(row) != schedule.stages:
+            raise ConfigError(f"{where}, tick {t}: got {len(row)} stages, expected {schedule.stages}")
+
+
+def _check_op(schedule: Schedule, tick: int, stage: int, op: Op) -> None:
+    limits = {
+        "kind": (op.kind, 4),
+        "microbatch": (op.microbatch, schedule.microbatches),
+        "chunk": (op.chunk, schedule.chunks),
+    }
+    for what, (got, limit) in limits.items():
+        if not 0 <= got < limit:
+            raise ConfigError(
+                f"schedule {schedule.name}, tick {tick}, stage {stage}: got {what} {got}, expected 0 to {limit - 1}"
+            )
+
+
+def _cell(schedule: Schedule, tick: int, stage: int) -> str:
+    op = schedule.table[tick][stage]
+    words = _words(op.kind, op.microbatch, schedule.slice_of(stage, op.chunk))
+    return f"schedule {schedule.name}, tick {tick}, stage {stage}: {words}"
+
+
+def _words(kind: int, microbatch: int, index: int) -> str:
+    return f"{LETTERS[kind]} of microbatch {microbatch} on slice {index}"
