@@ -4,6 +4,10 @@ A cell is `0F3`: slice 0, forward, microbatch 3; an empty cell is an idle tick. 
 the model; the rank, here the stage, is the row. Letters: F forward; I gradient of the input; W gradient of the weights; B is PyTorch's full
 backward, I and W in one. Files written here say B for the input's gradient. So B means that where its W is in the table and no cell says I,
 and else a full backward.
+
+Many of these files are orders, not times. Only the order of a row counts, and everything is timed as early as can be, where a table has no empty
+cells within its rows (a pipeline cannot be without idle ticks), has full backwards (two ticks here: B and then W, the gradient leaves after B), pairs of
+operations such as `(0F7;7B3)OVERLAP_F_B` (one after the other here), or sends, receives and gathers (left out: they follow from the table).
 """
 
 import re
@@ -15,6 +19,8 @@ from lmeff.core.errors import ConfigError
 from lmeff.parallel.tables import IDLE, LETTERS, REST, B, F, Op, Schedule, W, arrange, check, home
 
 CELL = re.compile(r"(\d+)([FIBW])(\d+)")
+PAIR = re.compile(r"\(([^;]*);([^)]*)\)OVERLAP_F_B")
+TRANSFER = re.compile(r"\d+(?:(?:SEND|RECV)_[FB]\d+|UNSHARD|RESHARD|REDUCE_GRAD)")
 
 
 class Cell(NamedTuple):
@@ -39,57 +45,52 @@ def to_csv(schedule: Schedule) -> str:
 
 
 def from_csv(source: str | Path, name: str = "csv") -> Schedule:
-    """Reads a table: a `Path` is a file, a `str` the text itself.
-
-    Columns are ticks. Where there are full backwards, which take two ticks here, only the order of a row counts: each becomes B and then W, its
-    gradient leaves after B, and everything is timed as early as can be. Raises `ConfigError` where a cell cannot be read or the table
-    does not hold together.
-    """
-    rows = _read(source, name)
-    placement, chunks = _placement(rows, name)
+    """Reads a table: a `Path` is a file, a `str` the text itself. Raises `ConfigError` where it cannot be read or does not hold together."""
+    text = _text(source, name)
+    rows = [_row(line, name, stage) for stage, line in enumerate(text.rstrip("\n").split("\n"))]
     cells = [cell for row in rows for cell in row if cell]
+    if not cells:
+        raise ConfigError(f"schedule {name}: got no operation, expected a line for each stage, such as 0F0,0F1,0B0,0W0")
+    placement, chunks = _placement(rows, name)
     microbatches = max(cell.microbatch for cell in cells) + 1
     full = _full_backwards(cells)
-    ops = [[_ops(cell, len(rows), full) for cell in row] for row in rows]
-    if full:
-        orders = [[op for group in row for op in group if op.kind != IDLE] for row in ops]
+    orders = [[op for cell in row if cell for op in _ops(cell, len(rows), full)] for row in rows]
+    if full or TRANSFER.search(text) or PAIR.search(text) or not any(None in row for row in rows):
         schedule = arrange(name, orders, microbatches, chunks, placement=placement)
     else:
-        ticks = max(len(row) for row in ops)
-        padded = [[group[0] for group in row] + [REST] * (ticks - len(row)) for row in ops]
-        table = tuple(zip(*padded))
         schedule = Schedule(
-            name=name, stages=len(rows), microbatches=microbatches, chunks=chunks, table=table, placement=placement
+            name=name,
+            stages=len(rows),
+            microbatches=microbatches,
+            chunks=chunks,
+            table=_by_tick(rows),
+            placement=placement,
         )
     check(schedule)
     return schedule
 
 
-def _read(source: str | Path, name: str) -> list[list[Cell | None]]:
-    if isinstance(source, Path):
-        try:
-            source = source.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"schedule {name}: cannot read {source}: {error}") from error
-    lines = source.rstrip("\n").split("\n")
-    rows = [
-        [_cell(text, name, tick, stage) for tick, text in enumerate(line.split(","))]
-        for stage, line in enumerate(lines)
-    ]
-    if not any(cell for row in rows for cell in row):
-        raise ConfigError(f"schedule {name}: got no operation, expected a line for each stage, such as 0F0,0F1,0B0,0W0")
-    return rows
+def _text(source: str | Path, name: str) -> str:
+    if isinstance(source, str):
+        return source
+    try:
+        return source.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"schedule {name}: cannot read {source}: {error}") from error
+
+
+def _row(line: str, name: str, stage: int) -> list[Cell | None]:
+    cells = [text.strip() for text in PAIR.sub(r"\1,\2", line.rstrip(", \r")).split(",")]
+    return [_cell(text, name, tick, stage) for tick, text in enumerate(cells) if not TRANSFER.fullmatch(text)]
 
 
 def _cell(text: str, name: str, tick: int, stage: int) -> Cell | None:
-    text = text.strip()
     if not text:
         return None
     found = CELL.fullmatch(text)
     if found is None:
         raise ConfigError(
-            f"schedule {name}, column {tick}, row {stage}: got {text!r}, expected slice, one of F I B W, microbatch, such as 0F3; "
-            "sends, gathers and overlapped operations are not for this table, so export the one with computations only"
+            f"schedule {name}, row {stage}, column {tick}: got {text!r}, expected slice, one of F I B W, and microbatch, such as 0F3"
         )
     return Cell(int(found[1]), found[2], int(found[3]))
 
@@ -116,12 +117,15 @@ def _full_backwards(cells: list[Cell]) -> set[tuple[int, int]]:
     return {key for key in backwards if split or ("W", *key) not in count}
 
 
-def _ops(cell: Cell | None, stages: int, full: set[tuple[int, int]]) -> tuple[Op, ...]:
-    if cell is None:
-        return (REST,)
+def _ops(cell: Cell, stages: int, full: set[tuple[int, int]]) -> list[Op]:
     chunk = cell.index // stages
-    kind = {"F": F, "I": B, "B": B, "W": W}[cell.letter]
-    op = Op(kind, cell.microbatch, chunk)
+    op = Op({"F": F, "I": B, "B": B, "W": W}[cell.letter], cell.microbatch, chunk)
     if cell.letter == "B" and (cell.index, cell.microbatch) in full:
-        return op, op._replace(kind=W)
-    return (op,)
+        return [op, op._replace(kind=W)]
+    return [op]
+
+
+def _by_tick(rows: list[list[Cell | None]]) -> tuple[tuple[Op, ...], ...]:
+    ticks = max(len(row) for row in rows)
+    ops = [[_ops(cell, len(rows), set())[0] if cell else REST for cell in row] for row in rows]
+    return tuple(zip(*(row + [REST] * (ticks - len(row)) for row in ops)))
