@@ -163,10 +163,10 @@ def block(x_BTD: jax.Array, p: Tree, batch: Batch, cfg: ModelConfig, ops: Ops) -
     """One pre-norm transformer block."""
     ops.tap("block.in", x_BTD)
     with jax.named_scope("attention"):
-        h_BTD = ops.place(normalize(x_BTD, p["attn_norm"], cfg), "B__")
+        h_BTD = ops.place(normalize(x_BTD, p["attn_norm"], cfg), "BS_")
         x_BTD = ops.place(x_BTD + attention_layer(h_BTD, p["attn"], batch, cfg, ops), "BTD")
     with jax.named_scope("mlp"):
-        h_BTD = ops.place(normalize(x_BTD, p["mlp_norm"], cfg), "B__")
+        h_BTD = ops.place(normalize(x_BTD, p["mlp_norm"], cfg), "BS_")
         x_BTD = ops.place(x_BTD + mlp_layer(h_BTD, p["mlp"], cfg, ops), "BTD")
     ops.tap("block.out", x_BTD)
     return x_BTD

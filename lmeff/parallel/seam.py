@@ -50,7 +50,7 @@ def _embed(layout: Layout, table_VD: Any, tokens_BT: jax.Array) -> jax.Array:
     vocab, width = layout.axes("V"), layout.axes("D")
     if is_qtensor(table_VD) or not vocab + width:
         return lookup(table_VD, tokens_BT)
-    scattered = bool(vocab) and tokens_BT.shape[1] % layout.size(vocab) == 0
+    scattered = bool(vocab) and tokens_BT.shape[1] % layout.size(layout.axes("T")) == 0
 
     def local(part_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         if width:
@@ -62,7 +62,7 @@ def _embed(layout: Layout, table_VD: Any, tokens_BT: jax.Array) -> jax.Array:
             return jax.lax.psum_scatter(rows_BTD, vocab, scatter_dimension=1, tiled=True)
         return jax.lax.psum(rows_BTD, vocab) if vocab else rows_BTD
 
-    return layout.on_shards(local, ("VD", "B_"), "BT_" if scattered else "B__")(table_VD, tokens_BT)
+    return layout.on_shards(local, ("VD", "BS"), "BT_" if scattered else "BS_")(table_VD, tokens_BT)
 
 
 def _held(part_VD: jax.Array, tokens_BT: jax.Array, vocab: tuple[str, ...]) -> jax.Array:

@@ -1,5 +1,6 @@
 """The train step: one pure function, whatever is composed in it."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 from lmeff.compress.base import Compression, State
 from lmeff.core.batch import Batch
@@ -15,9 +17,9 @@ from lmeff.core.precision import Policy
 from lmeff.core.tree import Tree
 from lmeff.distill.objectives import Objective
 from lmeff.models.config import ModelConfig
-from lmeff.models.transformer import Output, View, forward, identity_view
-from lmeff.parallel.accumulate import accumulated_gradients
-from lmeff.parallel.mesh import Layout
+from lmeff.models.transformer import Output, View, forward, identity_view, param_specs
+from lmeff.parallel.mesh import Layout, partitions, shardings
+from lmeff.parallel.region import accumulated, gradient, regional
 from lmeff.parallel.seam import layout_ops
 from lmeff.train.loss_scale import PATIENCE, current_scale, find
 from lmeff.train.optim import ema_update
@@ -89,6 +91,7 @@ def make_train_step(rt: Runtime) -> Callable[[TrainState, Batch, Frozen], tuple[
         grads, sums = gradients(rt, state.trainable, state.auxiliary, batch, frozen, scale)
         if scaled:
             grads = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads)
+        grads = place_gradients(rt, grads)
         updates, opt = rt.tx.update(grads, state.opt, state.trainable)
         trainable: Any = optax.apply_updates(state.trainable, updates)
         auxiliary = rt.compression.update(
@@ -100,6 +103,19 @@ def make_train_step(rt: Runtime) -> Callable[[TrainState, Batch, Frozen], tuple[
         return skip_overflow(state, made, metrics) if scaled else (made, metrics)
 
     return step
+
+
+def place_gradients(rt: Runtime, grads: Trainable) -> Trainable:
+    """Gradients where the optimizer's state is: each device reduces, and updates, its part of them.
+
+    At stage 1 of ZeRO they are reduced whole first.
+    """
+    layout = rt.layout
+    if layout.plan.zero in (0, 3) or layout.single:
+        return grads
+    for place in (layout, layout.of_optimizer)[layout.plan.zero - 1 :]:
+        grads = jax.lax.with_sharding_constraint(grads, shardings(grads, rt.specs, place))
+    return grads
 
 
 def skip_overflow(old: TrainState, new: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
@@ -126,13 +142,26 @@ def gradients(
     total = jnp.maximum(batch.weights.sum(), 1.0)
 
     def loss_fn(
-        layout: Layout, trainable: Trainable, auxiliary: Any, batch: Batch, frozen: Frozen
+        layout: Layout, trainable: Trainable, auxiliary: Any, batch: Batch, given: tuple[Frozen, Any]
     ) -> tuple[jax.Array, Metrics]:
+        frozen, factor = given
         objective, sums = loss_sums(rt, layout, trainable, auxiliary, batch, frozen)
-        return objective * (scale / total), {**sums, "objective": objective}
+        return objective * factor, {**sums, "objective": objective}
 
-    grads, sums = accumulated_gradients(loss_fn, rt.layout, rt.accumulate, trainable, auxiliary, batch, frozen)
+    run = functools.partial(gradient, loss_fn, rt.layout)
+    if rt.accumulate > 1:
+        cuts = (*(partitions(x, rt.specs, rt.layout) for x in (trainable, auxiliary)), frozen_partitions(rt, frozen))
+        local = functools.partial(accumulated, loss_fn, rt.accumulate)
+        run = regional(local, rt.layout, rt.layout.axes("B"), cuts)
+    grads, sums = run(trainable, auxiliary, batch, (frozen, scale / total))
     return grads, {name: value / total for name, value in sums.items()}
+
+
+def frozen_partitions(rt: Runtime, frozen: Frozen) -> Any:
+    """How what `gradients` is given besides the state lies on the mesh."""
+    whole = jax.tree.map(lambda _: P(), (frozen.teacher_ranges, frozen.ranges))
+    teacher = None if rt.teacher is None else partitions(frozen.teacher, param_specs(rt.teacher.cfg), rt.layout)
+    return Frozen(teacher, *whole), P()
 
 
 def loss_sums(
