@@ -32,7 +32,7 @@ def padded_rows(rows: int, groups: int, block: int) -> int:
 
 def alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The arrays, each of them varying over whatever mesh axes another one varies over; outside of `jax.shard_map` nothing happens."""
-    if not jax.sharding.get_abstract_mesh().manual_axes:
+    if len({jax.typeof(x).manual_axis_type for x in arrays}) == 1:
         return arrays
     zeros = [jnp.where(False, x.ravel()[0], 0) for x in arrays]
     return tuple(x + sum(z.astype(x.dtype) for z in zeros) for x in arrays)

@@ -173,19 +173,22 @@ def contracted_axes(equation: str) -> tuple[int, ...]:
     return tuple(left.index(letter) - len(left) for letter in contracted(equation))
 
 
-def make_einsum(numerics: Numerics, ranges: Ranges) -> Einsum:
-    """Floating, fake-quantized, weight-only or integer, decided by the site's format and the type of the weight."""
+def make_einsum(numerics: Numerics, ranges: Ranges, product: Einsum = plain_einsum) -> Einsum:
+    """Floating, fake-quantized, weight-only or integer, decided by the site's format and the type of the weight.
+
+    product: what multiplies floating operands in the end.
+    """
 
     def einsum(equation: str, x: jax.Array, w: Any, *, site: str) -> jax.Array:
         format = numerics.at(site)
         axes = contracted_axes(equation)
         if is_qtensor(w):
             if format is None:
-                return plain_einsum(equation, x, dequantize(w))
+                return product(equation, x, dequantize(w), site=site)
             return packed_einsum(equation, encode_activation(x, axes, format, ranges, site), w).astype(x.dtype)
         if format is not None:
             x = fake_activation(x, axes, format, ranges, site)
-        return plain_einsum(equation, x, w)
+        return product(equation, x, w, site=site)
 
     return einsum
 
@@ -237,6 +240,7 @@ def make_ops(
     place: Callable[[jax.Array, str], jax.Array] = lambda x, letters: x,
     embed: Callable[[Any, jax.Array], jax.Array] = lookup,
     spread: Spread = on_one_device,
+    product: Einsum = plain_einsum,
 ) -> MakeOps:
     """The plain seam: computes, and records only what the model keeps for the objective."""
 
@@ -246,7 +250,7 @@ def make_ops(
         def keep(name: str, x: jax.Array) -> None:
             kept[KEPT + name] = x
 
-        einsum, experts = make_einsum(numerics, ranges), make_experts(numerics, ranges, spread)
+        einsum, experts = make_einsum(numerics, ranges, product), make_experts(numerics, ranges, spread)
         return Scope(Ops(einsum, experts, attend, place, embed, lambda name, x: None, keep), lambda: kept)
 
     return open_scope

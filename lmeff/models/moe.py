@@ -70,6 +70,18 @@ def auxiliary(sums: dict[str, jax.Array], cfg: ModelConfig) -> tuple[jax.Array, 
     return loss, {name: total / cfg.layers for name, total in totals.items()}
 
 
+class Work(NamedTuple):
+    """What one device's code of the layer has at hand besides its tokens."""
+
+    cfg: ModelConfig
+    moe: MoE
+    batch: Batch
+    p: Tree
+    products: Products
+    exchange: Exchange
+    reveal: bool
+
+
 def _run(
     cfg: ModelConfig,
     moe: MoE,
@@ -81,11 +93,12 @@ def _run(
     reveal: bool,
 ) -> Routed:
     """One device's tokens: routed, through the experts wherever they are, and back."""
-    choice, sums_B = _route(moe, x_BTD, batch, p["router"], products, exchange)
+    work = Work(cfg, moe, batch, p, products, exchange, reveal)
+    choice, sums_B = _route(work, x_BTD)
     # From here on every device along tensor has its own part of the sums over F: what they say of `x` is added up once, at its entry.
     own_BTD, _ = alike(x_BTD, jax.tree.leaves(p["up"])[0])
-    form = _dropless if moe.capacity is None else _with_capacity
-    return form(cfg, moe, own_BTD, choice, sums_B, p, products, exchange, reveal)
+    made = (_dropless if moe.capacity is None else _with_capacity)(work, own_BTD, choice)
+    return made._replace(sums_B={**sums_B, **made.sums_B})
 
 
 class Choice(NamedTuple):
@@ -96,15 +109,14 @@ class Choice(NamedTuple):
     weight_B: jax.Array
 
 
-def _route(
-    moe: MoE, x_BTD: jax.Array, batch: Batch, router_DE: jax.Array, products: Products, exchange: Exchange
-) -> tuple[Choice, dict[str, jax.Array]]:
+def _route(work: Work, x_BTD: jax.Array) -> tuple[Choice, dict[str, jax.Array]]:
     """The choice of each token, and the sums over each row that the objective needs; of equally liked experts the first.
 
     A row's mean over its real tokens counts as often as its targets: divided by the batch's targets, that gives the mean over rows by their targets.
     """
+    moe, batch, exchange = work.moe, work.batch, work.exchange
     real_BT1 = (batch.segments > 0)[..., None]
-    scores_BTE = products.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), router_DE, site="moe.router")
+    scores_BTE = work.products.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), work.p["router"], site="moe.router")
     likes_BTE = jax.nn.softmax(scores_BTE)
     gates_BTK, experts_BTK = jax.lax.top_k(likes_BTE, moe.top_k)
     if moe.normalize:
@@ -175,30 +187,18 @@ def _mix(made_NKD: jax.Array, gates_NK: jax.Array) -> jax.Array:
     return jnp.einsum("NKD,NK->ND", made_NKD.astype(jnp.float32), gates_NK).astype(made_NKD.dtype)
 
 
-def _dropless(
-    cfg: ModelConfig,
-    moe: MoE,
-    x_BTD: jax.Array,
-    choice: Choice,
-    sums_B: dict[str, jax.Array],
-    p: Tree,
-    products: Products,
-    exchange: Exchange,
-    reveal: bool,
-) -> Routed:
+def _dropless(work: Work, x_BTD: jax.Array, choice: Choice) -> Routed:
     """Every device takes the tokens of all that share its experts, computes those that chose an expert of its own, and gives back sums."""
-    rows, length, width = x_BTD.shape
-    x_ND = exchange.collect(x_BTD.reshape(-1, width))
-    experts_NK, gates_NK = (
-        exchange.collect(a.reshape(-1, moe.top_k)) for a in (choice.experts_BTK, choice.gates_BTK)
-    )
+    p, products, exchange, copies = work.p, work.products, work.exchange, work.moe.top_k
+    x_ND = exchange.collect(x_BTD.reshape(-1, x_BTD.shape[-1]))
+    experts_NK, gates_NK = (exchange.collect(a.reshape(-1, copies)) for a in (choice.experts_BTK, choice.gates_BTK))
     slots, groups = _sorted(experts_NK - exchange.first, p["up"].shape[0])
     into = functools.partial(products.grouped, "ND,EDF->NF", slots.fill(x_ND), rows=groups)
-    h_MF = _hidden(cfg, into, p)
+    h_MF = _hidden(work, into)
     made_MD = products.grouped("NF,EFD->ND", h_MF, p["down"], groups, site="moe.down")
-    y_ND = exchange.give_back(_mix(slots.empty(made_MD, moe.top_k), gates_NK))
-    hidden = exchange.give_back(slots.empty(h_MF, moe.top_k)) if reveal else None
-    return Routed(y_ND.reshape(x_BTD.shape), sums_B, _by_token(hidden, rows, length))
+    y_ND = exchange.give_back(_mix(slots.empty(made_MD, copies), gates_NK))
+    hidden = exchange.give_back(slots.empty(h_MF, copies)) if work.reveal else None
+    return _by_token(x_BTD, y_ND, {}, hidden)
 
 
 def _sorted(experts_NK: jax.Array, held: int) -> tuple[Slots, Rows]:
@@ -223,23 +223,14 @@ def _sorted(experts_NK: jax.Array, held: int) -> tuple[Slots, Rows]:
     return Slots.of(slot_A, room), Rows(sizes_E, block)
 
 
-def _with_capacity(
-    cfg: ModelConfig,
-    moe: MoE,
-    x_BTD: jax.Array,
-    choice: Choice,
-    sums_B: dict[str, jax.Array],
-    p: Tree,
-    products: Products,
-    exchange: Exchange,
-    reveal: bool,
-) -> Routed:
+def _with_capacity(work: Work, x_BTD: jax.Array, choice: Choice) -> Routed:
     """Every device fills a buffer of the same shape for each expert and sends it where that expert is."""
+    moe, products, exchange = work.moe, work.products, work.exchange
     rows, length, width = x_BTD.shape
     capacity = row_capacity(moe, length * exchange.parts)
     experts_BTK = choice.experts_BTK
     chosen_BTK = experts_BTK != NOWHERE
-    taken_BTK = chosen_BTK & (_time_ranks(experts_BTK, batch, moe.experts, exchange) < capacity)
+    taken_BTK = chosen_BTK & (_time_ranks(experts_BTK, work) < capacity)
     room = min(capacity, length)  # of a row, on this device
     first_BTK = (experts_BTK * rows + jnp.arange(rows)[:, None, None]) * room
     slot_BTK = jnp.where(taken_BTK, first_BTK + _ranks(experts_BTK, moe.experts), moe.experts * rows * room)
@@ -253,11 +244,10 @@ def _with_capacity(
         return slots.empty(exchange.fetch(x_END).reshape(-1, x_END.shape[-1]), moe.top_k)
 
     into = functools.partial(products.einsum, "END,EDF->ENF", by_expert(slots.fill(x_BTD.reshape(-1, width))))
-    h_ENF = _hidden(cfg, into, p)
-    made_NKD = by_row(products.einsum("ENF,EFD->END", h_ENF, p["down"], site="moe.down"))
+    h_ENF = _hidden(work, into)
+    made_NKD = by_row(products.einsum("ENF,EFD->END", h_ENF, work.p["down"], site="moe.down"))
     y_ND = _mix(made_NKD, choice.gates_BTK.reshape(-1, moe.top_k))
-    sums_B = {**sums_B, "dropped": exchange.row_sum(dropped_B)}
-    return Routed(y_ND.reshape(x_BTD.shape), sums_B, _by_token(by_row(h_ENF) if reveal else None, rows, length))
+    return _by_token(x_BTD, y_ND, {"dropped": exchange.row_sum(dropped_B)}, by_row(h_ENF) if work.reveal else None)
 
 
 def _ranks(experts_BTK: jax.Array, count: int) -> jax.Array:
@@ -268,8 +258,9 @@ def _ranks(experts_BTK: jax.Array, count: int) -> jax.Array:
     return (before_BTE[:, :, None] * chosen_BTKE).sum(-1)
 
 
-def _time_ranks(experts_BTK: jax.Array, batch: Batch, count: int, exchange: Exchange) -> jax.Array:
+def _time_ranks(experts_BTK: jax.Array, work: Work) -> jax.Array:
     """The same in the whole row, in order of time however its tokens lie on the devices: documents and positions say it."""
+    batch, exchange, count = work.batch, work.exchange, work.moe.experts
     if exchange.parts == 1:
         return _ranks(experts_BTK, count)
     segments_BS, positions_BS, experts_BSK = (exchange.row(x) for x in (batch.segments, batch.positions, experts_BTK))
@@ -285,12 +276,17 @@ def row_capacity(moe: MoE, length: int) -> int:
     return min(length, math.ceil(moe.capacity * length * moe.top_k / moe.experts))
 
 
-def _hidden(cfg: ModelConfig, into: functools.partial[jax.Array], p: Tree) -> jax.Array:
+def _hidden(work: Work, into: functools.partial[jax.Array]) -> jax.Array:
     """The hidden state of the experts, from the product of their inputs with a weight."""
-    h = into(w=p["up"], site="moe.up")
-    h = GATE[cfg.activation](into(w=p["gate"], site="moe.gate")) * h if cfg.gated else GATE[cfg.activation](h)
+    activate = GATE[work.cfg.activation]
+    h = into(w=work.p["up"], site="moe.up")
+    h = activate(into(w=work.p["gate"], site="moe.gate")) * h if work.cfg.gated else activate(h)
     return checkpoint_name(h, "mlp_hidden")
 
 
-def _by_token(hidden_NKF: jax.Array | None, rows: int, length: int) -> jax.Array | None:
-    return None if hidden_NKF is None else hidden_NKF.reshape(rows, length, *hidden_NKF.shape[1:])
+def _by_token(
+    x_BTD: jax.Array, y_ND: jax.Array, sums_B: dict[str, jax.Array], hidden_NKF: jax.Array | None
+) -> Routed:
+    """By row and time again."""
+    hidden = None if hidden_NKF is None else hidden_NKF.reshape(*x_BTD.shape[:2], *hidden_NKF.shape[1:])
+    return Routed(y_ND.reshape(x_BTD.shape), sums_B, hidden)

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from lmeff.core.numerics import is_qtensor
-from lmeff.core.ops import FLOATING, MakeOps, Numerics, lookup, make_ops
+from lmeff.core.ops import FLOATING, Einsum, MakeOps, Numerics, lookup, make_ops, plain_einsum
 from lmeff.models.attention import attention
 from lmeff.parallel.experts import spread
 from lmeff.parallel.mesh import Layout
 
 
-def layout_ops(layout: Layout, numerics: Numerics = FLOATING) -> MakeOps:
+def layout_ops(layout: Layout, numerics: Numerics = FLOATING, product: Einsum = plain_einsum) -> MakeOps:
     """The seam for this layout; `FLOATING` leaves activations in floating point."""
     return make_ops(
         numerics,
@@ -21,6 +21,7 @@ def layout_ops(layout: Layout, numerics: Numerics = FLOATING) -> MakeOps:
         place=layout.place,
         embed=functools.partial(_embed, layout),
         spread=functools.partial(spread, layout),
+        product=product,
     )
 
 
