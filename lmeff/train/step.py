@@ -26,6 +26,7 @@ from lmeff.parallel.schedules import build
 from lmeff.parallel.seam import layout_ops
 from lmeff.parallel.slices import Slice, SliceModel
 from lmeff.parallel.stages import layer_table, layers_present, take_layers
+from lmeff.parallel.stash import STASHES
 from lmeff.parallel.tables import Schedule
 from lmeff.train.loss_scale import PATIENCE, current_scale, find
 from lmeff.train.optim import ema_update
@@ -194,7 +195,9 @@ def pipelined_gradients(
         shown_teacher = staged(rt.teacher, schedule, frozen.teacher)
         teacher = member(rt.teacher, layout, schedule, shown_teacher, frozen.teacher_ranges, rt.policy, "none")
     pieces = split_rows(batch, rt.accumulate)
-    d_blocks, d_outer, sums, _ = run_pipeline(compile_schedule(schedule), layout, student, teacher, loss, pieces)
+    stash = STASHES[plan.stash]
+    program = compile_schedule(schedule, stash.until)
+    d_blocks, d_outer, sums, _ = run_pipeline(program, stash, layout, student, teacher, loss, pieces)
     grads = {"blocks": d_blocks, **d_outer}
     grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, shown)
     return pull(grads)[0], sums

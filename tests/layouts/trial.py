@@ -74,6 +74,7 @@ class Mesh:
     zero: int = 3
     schedule: str = "1f1b"
     chunks: int | None = None
+    stash: str = "input"
     accumulate: int = 1
     remat: str = "none"
     model: str = "grouped"
