@@ -49,7 +49,9 @@ def _swapped(equation: str) -> str:
     return f"{out},{right}->{left}"
 
 
-def _with_gradients(multiply: Callable[..., jax.Array], weight_gradient: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def _with_gradients(
+    multiply: Callable[..., jax.Array], weight_gradient: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
     """A product of groups with both its gradients, from `multiply(equation, x, w, sizes, block)` and
     `weight_gradient(equation, x, g, w, sizes, block)`."""
 
@@ -59,10 +61,12 @@ def _with_gradients(multiply: Callable[..., jax.Array], weight_gradient: Callabl
         return d_x, weight_gradient(equation, x, g, w, sizes, block).astype(w.dtype), None
 
     call = jax.custom_vjp(
-        lambda equation, block, x, w, sizes: multiply(equation, x, w, sizes, block).astype(x.dtype), nondiff_argnums=(0, 1)
+        lambda equation, block, x, w, sizes: multiply(equation, x, w, sizes, block).astype(x.dtype),
+        nondiff_argnums=(0, 1),
     )
     call.defvjp(
-        lambda equation, block, x, w, sizes: (multiply(equation, x, w, sizes, block).astype(x.dtype), (x, w, sizes)), pull
+        lambda equation, block, x, w, sizes: (multiply(equation, x, w, sizes, block).astype(x.dtype), (x, w, sizes)),
+        pull,
     )
 
     def product(equation: str, x: jax.Array, w: jax.Array, rows: Rows) -> jax.Array:
@@ -90,7 +94,9 @@ OUTER = jax.lax.RaggedDotDimensionNumbers(
 )
 
 
-def _ragged_gradient(equation: str, x: jax.Array, g: jax.Array, w: jax.Array, sizes_E: jax.Array, block: int) -> jax.Array:
+def _ragged_gradient(
+    equation: str, x: jax.Array, g: jax.Array, w: jax.Array, sizes_E: jax.Array, block: int
+) -> jax.Array:
     d_w = jax.lax.ragged_dot_general(x, g, sizes_E, OUTER, preferred_element_type=jnp.float32)
     return _facing(equation, d_w)
 
@@ -103,7 +109,7 @@ def _loop(sizes_E: jax.Array, block: int, step: Callable[..., jax.Array], start:
     ends_E = jnp.cumsum(sizes_E)
 
     def body(i: jax.Array, carry: jax.Array) -> jax.Array:
-        return step(i * block, jnp.searchsorted(ends_E, i * block, side="right"), carry)
+        return step(i * block, (ends_E <= i * block).sum(), carry)
 
     return jax.lax.fori_loop(0, ends_E[-1] // block, body, start)
 
@@ -126,7 +132,9 @@ def _blocks(equation: str, x: jax.Array, w: jax.Array, sizes_E: jax.Array, block
     return _loop(sizes_E, block, step, _zeros((x.shape[0], width), x, w, sizes_E))
 
 
-def _blocks_gradient(equation: str, x: jax.Array, g: jax.Array, w: jax.Array, sizes_E: jax.Array, block: int) -> jax.Array:
+def _blocks_gradient(
+    equation: str, x: jax.Array, g: jax.Array, w: jax.Array, sizes_E: jax.Array, block: int
+) -> jax.Array:
     left, right, out = split_einsum(equation)
 
     def step(first: jax.Array, group: jax.Array, carry: jax.Array) -> jax.Array:

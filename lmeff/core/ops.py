@@ -56,7 +56,9 @@ class Products(NamedTuple):
 class Experts(Protocol):
     """`experts(layer, x_BTD, batch, weights)` runs an `ExpertLayer` where the experts are."""
 
-    def __call__(self, layer: ExpertLayer, x_BTD: jax.Array, batch: Batch, weights: Any, *, reveal: bool = False) -> Routed: ...
+    def __call__(
+        self, layer: ExpertLayer, x_BTD: jax.Array, batch: Batch, weights: Any, *, reveal: bool = False
+    ) -> Routed: ...
 
 
 class Ops(NamedTuple):

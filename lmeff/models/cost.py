@@ -9,7 +9,8 @@ from lmeff.models.transformer import param_specs
 
 CONVENTION = (
     "forward pass, per token: 2 FLOPs per weight of every matrix product (the head included, the embedding lookup 0), plus causal attention "
-    "(4 x heads x head width x mean number of visible keys per layer). Of experts, those that a token goes to count. Masked weights count as dense: no hardware here skips them."
+    "(4 x heads x head width x mean number of visible keys per layer). Of experts, those that a token goes to count. "
+    "Masked weights count as dense: no hardware here skips them."
 )
 
 

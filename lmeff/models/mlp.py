@@ -13,12 +13,16 @@ GATE = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu}
 
 
 def spec_of(
-    cfg: ModelConfig, letters: str, contract: str = "", init: str = "normal", scale: float = 0.02, **sizes: int
+    cfg: ModelConfig,
+    letters: str,
+    contract: str = "",
+    init: str = "normal",
+    scale: float = 0.02,
+    ffn: int | None = None,
 ) -> ParamSpec:
-    """The spec of a parameter whose sizes come from the config, but for those given by letter."""
-    return ParamSpec(
-        letters=letters, shape=shape(letters, {**cfg.sizes, **sizes}), contract=contract, init=init, scale=scale
-    )
+    """The spec of a parameter whose sizes come from the config; `ffn` is another width of F."""
+    sizes = cfg.sizes if ffn is None else {**cfg.sizes, "F": ffn}
+    return ParamSpec(letters=letters, shape=shape(letters, sizes), contract=contract, init=init, scale=scale)
 
 
 def residual_scale(cfg: ModelConfig) -> float:
@@ -26,16 +30,16 @@ def residual_scale(cfg: ModelConfig) -> float:
     return 0.02 / (2 * cfg.layers) ** 0.5
 
 
-def mlp_specs(cfg: ModelConfig, **sizes: int) -> dict[str, ParamSpec]:
-    """Its parameters."""
+def mlp_specs(cfg: ModelConfig, ffn: int | None = None) -> dict[str, ParamSpec]:
+    """Its parameters; `ffn` is another width than the config's."""
     specs: dict[str, ParamSpec] = {
-        "up": spec_of(cfg, "LDF", "D", **sizes),
-        "down": spec_of(cfg, "LFD", "F", scale=residual_scale(cfg), **sizes),
+        "up": spec_of(cfg, "LDF", "D", ffn=ffn),
+        "down": spec_of(cfg, "LFD", "F", scale=residual_scale(cfg), ffn=ffn),
     }
     if cfg.gated:
-        specs["gate"] = spec_of(cfg, "LDF", "D", **sizes)
+        specs["gate"] = spec_of(cfg, "LDF", "D", ffn=ffn)
     if cfg.bias:
-        specs |= {"up_bias": spec_of(cfg, "LF", init="zeros", **sizes), "down_bias": spec_of(cfg, "LD", init="zeros")}
+        specs |= {"up_bias": spec_of(cfg, "LF", init="zeros", ffn=ffn), "down_bias": spec_of(cfg, "LD", init="zeros")}
     return specs
 
 

@@ -1,8 +1,8 @@
 """Mixture of experts: a router in float32 sends each token to its `top_k` experts (Shazeer et al. 2017, https://arxiv.org/abs/1701.06538).
 
-The layer is code for one device's shards (`core/exchange.py`): what is local is here, what crosses devices in `parallel/experts.py`. Two forms. Without a capacity
-rows are sorted by expert and multiplied group by group (MegaBlocks: Gale et al. 2022, https://arxiv.org/abs/2211.15841). With one, every expert has room for
-equally many tokens of a row, and the buffers have a fixed shape.
+The layer is code for one device's shards (`core/exchange.py`): what is local is here, what crosses devices in `parallel/experts.py`. Two forms. Without
+a capacity rows are sorted by expert and multiplied group by group (MegaBlocks: Gale et al. 2022, https://arxiv.org/abs/2211.15841). With one, every expert
+has room for equally many tokens of a row, and the buffers have a fixed shape.
 
 All sums for the objective are sums over rows of statistics of one row: the balance loss is a product of two means, which would not add up over microbatches or
 devices if the means were over whatever rows lie together there.
@@ -39,7 +39,7 @@ def moe_specs(cfg: ModelConfig, moe: MoE) -> dict[str, ParamSpec | dict[str, Par
     if cfg.gated:
         specs["gate"] = spec_of(cfg, "LEDF", "D")
     if moe.shared:
-        specs["shared"] = mlp_specs(cfg, F=moe.shared * cfg.ffn)
+        specs["shared"] = mlp_specs(cfg, ffn=moe.shared * cfg.ffn)
     return specs
 
 
@@ -145,13 +145,12 @@ def take_rows(x: jax.Array, index_M: jax.Array, back_NK: jax.Array) -> jax.Array
     return jnp.take(x, index_M, axis=0, mode="fill", fill_value=0)
 
 
-def _take_back(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None, None]:
-    index_M, back_NK = saved
+def _take_back(back_NK: jax.Array, g: jax.Array) -> tuple[jax.Array, None, None]:
     found = jnp.take(g, back_NK, axis=0, mode="fill", fill_value=0)
     return found.astype(jnp.float32).sum(1).astype(g.dtype), None, None
 
 
-take_rows.defvjp(lambda x, index, back: (take_rows(x, index, back), (index, back)), _take_back)
+take_rows.defvjp(lambda x, index, back: (take_rows(x, index, back), back), _take_back)
 
 
 class Slots(NamedTuple):
@@ -284,9 +283,7 @@ def _hidden(work: Work, into: functools.partial[jax.Array]) -> jax.Array:
     return checkpoint_name(h, "mlp_hidden")
 
 
-def _by_token(
-    x_BTD: jax.Array, y_ND: jax.Array, sums_B: dict[str, jax.Array], hidden_NKF: jax.Array | None
-) -> Routed:
+def _by_token(x_BTD: jax.Array, y_ND: jax.Array, sums_B: dict[str, jax.Array], hidden_NKF: jax.Array | None) -> Routed:
     """By row and time again."""
     hidden = None if hidden_NKF is None else hidden_NKF.reshape(*x_BTD.shape[:2], *hidden_NKF.shape[1:])
     return Routed(y_ND.reshape(x_BTD.shape), sums_B, hidden)

@@ -43,18 +43,20 @@ def spread(
     tensor = layout.axes("F")
     scattered = bool(tensor) and x_BTD.shape[1] % layout.size(layout.axes("T")) == 0
 
-    def on_device(x_BTD: jax.Array, batch: Batch, weights: Any, ranges: Ranges) -> Routed:
+    def on_device(x_BTD: jax.Array, batch: Batch, weights: Any, ranges: Ranges) -> tuple[Any, ...]:
         weights = {name: _gathered(layout, name, w) for name, w in weights.items()}
-        made = local(x_BTD, batch, weights, ranges, _exchange(layout, weights["up"].shape[0]))
+        y_BTD, *others = local(x_BTD, batch, weights, ranges, _exchange(layout, weights["up"].shape[0]))
         if scattered:
-            return made._replace(y_BTD=jax.lax.psum_scatter(made.y_BTD, tensor, scatter_dimension=1, tiled=True))
-        return made._replace(y_BTD=jax.lax.psum(made.y_BTD, tensor)) if tensor else made
+            y_BTD = jax.lax.psum_scatter(y_BTD, tensor, scatter_dimension=1, tiled=True)
+        elif tensor:
+            y_BTD = jax.lax.psum(y_BTD, tensor)
+        return y_BTD, *others
 
     weights = materialize(weights)
     letters = {name: LETTERS[name] for name in weights}
     inputs = ("BS_", Batch(*("BS",) * len(batch)), letters, dict.fromkeys(ranges, WHOLE))
-    out = Routed("BT_" if scattered else "BS_", dict.fromkeys(layer.sums, "B"), "BS_F" if reveal else None)
-    return layout.on_shards(on_device, inputs, out)(x_BTD, batch, weights, ranges)
+    out = ("BT_" if scattered else "BS_", dict.fromkeys(layer.sums, "B"), "BS_F" if reveal else None)
+    return Routed(*layout.on_shards(on_device, inputs, out)(x_BTD, batch, weights, ranges))
 
 
 def _gathered(layout: Layout, name: str, w: jax.Array) -> jax.Array:
