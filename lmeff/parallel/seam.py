@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from lmeff.core.numerics import is_qtensor
 from lmeff.core.ops import FLOATING, Einsum, MakeOps, Numerics, lookup, make_ops, plain_einsum
 from lmeff.models.attention import attention
+from lmeff.parallel.experts import spread
 from lmeff.parallel.mesh import Layout
 
 
@@ -19,6 +20,7 @@ def layout_ops(layout: Layout, numerics: Numerics = FLOATING, product: Einsum = 
         attend=functools.partial(_attend, layout),
         place=layout.place,
         embed=functools.partial(_embed, layout),
+        spread=functools.partial(spread, layout),
         product=product,
     )
 
