@@ -19,7 +19,7 @@ from lmeff.core.precision import Policy
 from lmeff.core.specs import initialize
 from lmeff.core.tree import map_with_path
 from lmeff.distill.objectives import Distill, Projection, head_objective
-from lmeff.models.config import ModelConfig
+from lmeff.models.config import ModelConfig, MoE
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import AXES, MeshPlan, make_layout, place_batch, shardings
 from lmeff.train.optim import OptimConfig, make_optimizer
@@ -34,6 +34,9 @@ MODELS = {
     "tied": ModelConfig(vocab=96, width=64, layers=2, heads=8, kv_heads=8, ffn=128, qk_norm=True, logit_softcap=20.0),
     "uneven": ModelConfig(vocab=96, width=32, layers=5, heads=4, kv_heads=2, ffn=64),
     "four": ModelConfig(vocab=96, width=32, layers=4, heads=4, kv_heads=2, ffn=64),
+    "moe": ModelConfig(
+        vocab=96, width=32, layers=4, heads=4, kv_heads=2, ffn=32, tied=False, moe=MoE(experts=4, shared=1)
+    ),
     "deep": ModelConfig(vocab=96, width=32, layers=16, heads=4, kv_heads=4, ffn=128),
 }
 TEACHER = ModelConfig(vocab=96, width=32, layers=2, heads=8, kv_heads=8, ffn=64, tied=False)
