@@ -58,6 +58,7 @@ class MeshPlan:
     context: parts of the sequence.
     tensor:  parts of every matrix.
     zero:    what fsdp cuts: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also parameters (Rajbhandari et al. 2020).
+    schedule: of the pipeline, whose microbatches are those of `train.accumulate`; `chunks` are the slices of the model on a stage.
     sequence: how attention works over `context`: "ring" (keys go round), "gather" (keys are gathered) or "ulysses" (heads against tokens).
     """
 
@@ -69,6 +70,8 @@ class MeshPlan:
     context: int = 1
     tensor: int = 1
     zero: int = 3
+    schedule: str = "1f1b"
+    chunks: int | None = None
     sequence: str = "ring"
 
     def __post_init__(self) -> None:
