@@ -30,10 +30,9 @@ class Context(NamedTuple):
     chunks: int
     mask: Mask
 
-    def indices(self, length: int, behind: Any = 0) -> jax.Array:
-        """Index in the row of each of the `length` tokens of this device, or of the one so many places behind it."""
-        device = (jax.lax.axis_index(self.axis) - behind) % self.devices
-        return own_indices(device, self.devices, self.chunks, length)
+    def documents(self, segments_BT: jax.Array) -> jax.Array:
+        """Those of the whole row [B, devices * T], by device. They are the same in every layer, so XLA gathers them once."""
+        return jax.lax.all_gather(segments_BT, self.axis, axis=1, tiled=True)
 
     def send(self, tree: Any, places: int) -> Any:
         """Each device's `tree` to the one so many places ahead of it."""
@@ -42,11 +41,17 @@ class Context(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Keys and values [B * K, S, C] and their documents [B, S]."""
+    """Keys and values [B * K, S, C]."""
 
     k: jax.Array
     v: jax.Array
+
+
+class Tokens(NamedTuple):
+    """Documents [B, T] of some tokens, and their indices in the row [T]."""
+
     segments: jax.Array
+    index: jax.Array
 
 
 class Pull(NamedTuple):
@@ -78,42 +83,41 @@ def context_attention(
 # ---- one device's queries against some keys
 
 
-def _tiling(t_T: jax.Array, s_S: jax.Array, ctx: Context) -> tuple[Tiles, Callable[[jax.Array], jax.Array]]:
+def _tiling(own: Tokens, other: Tokens, ctx: Context) -> tuple[Tiles, Callable[[jax.Array], jax.Array]]:
     """Tiles that no chunk straddles, where its length allows, and what pads a tensor's dim 1 to whole tiles."""
-    chunk = len(t_T) // ctx.chunks
+    chunk = len(own.index) // ctx.chunks
     block = -(-chunk // -(-chunk // attn.TILE))
 
     def pad(x: jax.Array, **how: Any) -> jax.Array:
         missing = -x.shape[1] % block
         return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), **how) if missing else x
 
-    t, s = (pad(index[None], mode="edge")[0] for index in (t_T, s_S))
+    t, s = (pad(tokens.index[None], mode="edge")[0] for tokens in (own, other))
     return Tiles(t, s, ctx.mask, block), pad
 
 
-def _documents(segments_BT: jax.Array, like: jax.Array) -> jax.Array:
-    """Documents of every row for each of its heads, as the units of `like` have it."""
-    return jnp.repeat(segments_BT, like.shape[0] // segments_BT.shape[0], axis=0)
+def _units(q_UTGC: jax.Array, keys: Keys, own: Tokens, other: Tokens) -> tuple[jax.Array, ...]:
+    """What tiles want of each row and key-value head; the documents of a row are those of each of its heads."""
+    heads = q_UTGC.shape[0] // own.segments.shape[0]
+    return (q_UTGC, *keys, *(jnp.repeat(tokens.segments, heads, axis=0) for tokens in (own, other)))
 
 
-def _visit(
-    q_UTGC: jax.Array, own_BT: jax.Array, keys: Keys, t_T: jax.Array, s_S: jax.Array, ctx: Context
-) -> tuple[jax.Array, jax.Array]:
+def _visit(q_UTGC: jax.Array, keys: Keys, own: Tokens, other: Tokens, ctx: Context) -> tuple[jax.Array, jax.Array]:
     """Output [U, T, G, C] and log-sum-exp [U, T, G] over these keys alone."""
-    tiles, pad = _tiling(t_T, s_S, ctx)
-    units = (q_UTGC, keys.k, keys.v, _documents(own_BT, q_UTGC), _documents(keys.segments, q_UTGC))
-    found = attn.over_units(functools.partial(tile_forward, tiles=tiles), tuple(map(pad, units)))
-    return jax.tree.map(lambda x: x[:, : len(t_T)], found)
+    tiles, pad = _tiling(own, other, ctx)
+    units = tuple(map(pad, _units(q_UTGC, keys, own, other)))
+    found = attn.over_units(functools.partial(tile_forward, tiles=tiles), units)
+    return jax.tree.map(lambda x: x[:, : len(own.index)], found)
 
 
 def _visit_back(
-    q_UTGC: jax.Array, own_BT: jax.Array, pull: Pull, keys: Keys, t_T: jax.Array, s_S: jax.Array, ctx: Context
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    q_UTGC: jax.Array, pull: Pull, keys: Keys, own: Tokens, other: Tokens, ctx: Context
+) -> tuple[jax.Array, Keys]:
     """These keys' part of the gradient of q [U, T, G, C], and these queries' part of those of k and v [U, S, C]; float32."""
-    tiles, pad = _tiling(t_T, s_S, ctx)
-    units = (q_UTGC, keys.k, keys.v, _documents(own_BT, q_UTGC), _documents(keys.segments, q_UTGC), *pull)
-    d_q, d_k, d_v = attn.over_units(functools.partial(tile_backward, tiles=tiles), tuple(map(pad, units)))
-    return d_q[:, : len(t_T)], (d_k[:, : len(s_S)], d_v[:, : len(s_S)])
+    tiles, pad = _tiling(own, other, ctx)
+    units = tuple(map(pad, (*_units(q_UTGC, keys, own, other), *pull)))
+    d_q, *d_keys = attn.over_units(functools.partial(tile_backward, tiles=tiles), units)
+    return d_q[:, : len(own.index)], Keys(*(d[:, : len(other.index)] for d in d_keys))
 
 
 def _merge(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -124,7 +128,7 @@ def _merge(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tu
 
 def _own(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> tuple[jax.Array, Keys]:
     q_UTGC, k_USC, v_USC, _ = attn.to_units(q, k, v, segments)
-    return q_UTGC, Keys(k_USC, v_USC, segments)
+    return q_UTGC, Keys(k_USC, v_USC)
 
 
 # ---- ring
@@ -136,54 +140,62 @@ def _arcs(ctx: Context, length: int) -> list[tuple[int, int]]:
     return [(way, steps) for way, steps in ((1, behind), (-1, ahead)) if steps]
 
 
+def _around(segments_BT: jax.Array, ctx: Context) -> Callable[[Any], Tokens]:
+    """The tokens of the device so many places behind this one."""
+    row_BT, length = ctx.documents(segments_BT), segments_BT.shape[1]
+
+    def tokens(behind: Any) -> Tokens:
+        device = (jax.lax.axis_index(ctx.axis) - behind) % ctx.devices
+        segments = jax.lax.dynamic_slice_in_dim(row_BT, device * length, length, axis=1)
+        return Tokens(segments, own_indices(device, ctx.devices, ctx.chunks, length))
+
+    return tokens
+
+
+def _where_seen(ctx: Context, own: Tokens, other: Tokens, seen: Callable[[], Any], nothing: Any) -> Any:
+    """`seen()` where any query of this device may see those keys, else `nothing`. Devices differ in it, so no collective may be inside."""
+    if ctx.mask.window is None:
+        return seen()  # in zig-zag order there always is one
+    first, stop = Tiles(own.index, other.index, ctx.mask, len(own.index) // ctx.chunks).bounds()
+    return jax.lax.cond((first < stop).any(), seen, lambda: nothing)
+
+
 def _ring_forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, ctx: Context) -> Any:
     """Output and log-sum-exp in units. While keys are used, the next are on their way; those of the last step are not sent on."""
-    length = q.shape[1]
-    q_UTGC, own = _own(q, k, v, segments)
-    t_T = ctx.indices(length)
+    q_UTGC, keys_here = _own(q, k, v, segments)
+    tokens = _around(segments, ctx)
+    own = Tokens(segments, tokens(0).index)
 
     def add(merged: Any, keys: Keys, behind: Any) -> Any:
-        def seen() -> Any:
-            return _merge(merged, _visit(q_UTGC, segments, keys, t_T, ctx.indices(length, behind), ctx))
+        other = tokens(behind)
+        return _where_seen(ctx, own, other, lambda: _merge(merged, _visit(q_UTGC, keys, own, other, ctx)), merged)
 
-        return _where_seen(ctx, t_T, length, behind, seen, merged)
-
-    merged = _visit(q_UTGC, segments, own, t_T, t_T, ctx)
-    for way, steps in _arcs(ctx, length):
+    merged = _visit(q_UTGC, keys_here, own, own, ctx)
+    for way, steps in _arcs(ctx, q.shape[1]):
 
         def step(n: Any, carry: Any, way: int = way) -> Any:
             merged, keys = carry
             return add(merged, keys, n * way), ctx.send(keys, way)
 
-        merged, keys = _loop(1, steps, step, (merged, ctx.send(own, way)))
+        merged, keys = _loop(1, steps, step, (merged, ctx.send(keys_here, way)))
         merged = add(merged, keys, steps * way)
     return merged
-
-
-def _where_seen(ctx: Context, t_T: jax.Array, length: int, behind: Any, seen: Callable[[], Any], nothing: Any) -> Any:
-    """`seen()` where any query of this device may see those keys, else `nothing`. Devices differ in it, so no collective may be inside."""
-    if ctx.mask.window is None:
-        return seen()  # in zig-zag order there always is one
-    first, stop = Tiles(t_T, ctx.indices(length, behind), ctx.mask, length // ctx.chunks).bounds()
-    return jax.lax.cond((first < stop).any(), seen, lambda: nothing)
 
 
 def _ring_backward(saved: Any, g: jax.Array, ctx: Context) -> Any:
     """Gradients of q, k, v in units. Those of keys go round with them, one step behind, and from the last device straight home."""
     q, k, v, segments, out, lse = saved
-    length = q.shape[1]
-    q_UTGC, own = _own(q, k, v, segments)
-    pull = _pull(out, lse, g, k.shape[2])
-    t_T = ctx.indices(length)
+    q_UTGC, keys_here = _own(q, k, v, segments)
+    pull, tokens = _pull(out, lse, g, k.shape[2]), _around(segments, ctx)
+    own = Tokens(segments, tokens(0).index)
+    d_q, d_here = _visit_back(q_UTGC, pull, keys_here, own, own, ctx)
+    nothing = jax.tree.map(lambda x: x * 0, (d_q, d_here))
 
     def part(keys: Keys, behind: Any) -> Any:
-        def seen() -> Any:
-            return _visit_back(q_UTGC, segments, pull, keys, t_T, ctx.indices(length, behind), ctx)
+        other = tokens(behind)
+        return _where_seen(ctx, own, other, lambda: _visit_back(q_UTGC, pull, keys, own, other, ctx), nothing)
 
-        return _where_seen(ctx, t_T, length, behind, seen, jax.tree.map(lambda x: x * 0, (d_q, d_own)))
-
-    d_q, d_own = _visit_back(q_UTGC, segments, pull, own, t_T, t_T, ctx)
-    for way, steps in _arcs(ctx, length):
+    for way, steps in _arcs(ctx, q.shape[1]):
 
         def step(n: Any, carry: Any, way: int = way) -> Any:
             d_q, keys, d_keys = carry
@@ -191,7 +203,7 @@ def _ring_backward(saved: Any, g: jax.Array, ctx: Context) -> Any:
             more, here = part(keys, n * way)
             return d_q + more, onward, _add(arrived, here)
 
-        keys = ctx.send(own, way)
+        keys = ctx.send(keys_here, way)
         onward = ctx.send(keys, way) if steps > 1 else keys
         more, d_keys = part(keys, way)
         d_q, keys, d_keys = _loop(2, steps, step, (d_q + more, onward, d_keys))
@@ -199,8 +211,8 @@ def _ring_backward(saved: Any, g: jax.Array, ctx: Context) -> Any:
             arrived = ctx.send(d_keys, way)
             more, here = part(keys, steps * way)
             d_q, d_keys = d_q + more, _add(arrived, here)
-        d_own = _add(d_own, ctx.send(d_keys, -steps * way))
-    return d_q, *d_own
+        d_here = _add(d_here, ctx.send(d_keys, -steps * way))
+    return d_q, *d_here
 
 
 def _loop(first: int, stop: int, step: Callable[[Any, Any], Any], carry: Any) -> Any:
@@ -214,23 +226,27 @@ def _add(a: Any, b: Any) -> Any:
 # ---- gather
 
 
-def _gathered(x: jax.Array, ctx: Context) -> jax.Array:
-    """Dim 1 of all devices, in the order of the row."""
-    return to_row(jax.lax.all_gather(x, ctx.axis, axis=1, tiled=True), ctx.devices, ctx.chunks)
+def _whole(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, ctx: Context) -> Any:
+    """Queries and all keys in units, and the tokens of both; keys in the order of the row."""
+
+    def gathered(x: jax.Array) -> jax.Array:
+        return to_row(jax.lax.all_gather(x, ctx.axis, axis=1, tiled=True), ctx.devices, ctx.chunks)
+
+    q_UTGC, keys = _own(q, k, v, segments)
+    length = segments.shape[1]
+    own = Tokens(segments, own_indices(jax.lax.axis_index(ctx.axis), ctx.devices, ctx.chunks, length))
+    row = Tokens(to_row(ctx.documents(segments), ctx.devices, ctx.chunks), jnp.arange(length * ctx.devices))
+    return q_UTGC, Keys(*map(gathered, keys)), own, row
 
 
 def _gather_forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, ctx: Context) -> Any:
-    q_UTGC, own = _own(q, k, v, segments)
-    keys = jax.tree.map(lambda x: _gathered(x, ctx), own)
-    return _visit(q_UTGC, segments, keys, ctx.indices(q.shape[1]), jnp.arange(keys.k.shape[1]), ctx)
+    return _visit(*_whole(q, k, v, segments, ctx), ctx)
 
 
 def _gather_backward(saved: Any, g: jax.Array, ctx: Context) -> Any:
     q, k, v, segments, out, lse = saved
-    q_UTGC, own = _own(q, k, v, segments)
-    keys = jax.tree.map(lambda x: _gathered(x, ctx), own)
-    t_T, s_S = ctx.indices(q.shape[1]), jnp.arange(keys.k.shape[1])
-    d_q, d_keys = _visit_back(q_UTGC, segments, _pull(out, lse, g, k.shape[2]), keys, t_T, s_S, ctx)
+    q_UTGC, keys, own, row = _whole(q, k, v, segments, ctx)
+    d_q, d_keys = _visit_back(q_UTGC, _pull(out, lse, g, k.shape[2]), keys, own, row, ctx)
 
     def home(d: jax.Array) -> jax.Array:
         by_device = from_row(d, ctx.devices, ctx.chunks)
@@ -282,9 +298,9 @@ def _ulysses(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, ctx:
     def whole_rows(x: jax.Array) -> jax.Array:
         return jax.lax.all_to_all(x, ctx.axis, split_axis=2, concat_axis=1, tiled=True)
 
-    segments = jax.lax.all_gather(segments, ctx.axis, axis=1, tiled=True)
     window, softcap = ctx.mask
-    o = attn.attention(*map(whole_rows, (q, k, v)), segments_BT=segments, window=window, softcap=softcap)
+    row_BT = ctx.documents(segments)
+    o = attn.attention(*map(whole_rows, (q, k, v)), segments_BT=row_BT, window=window, softcap=softcap)
     return jax.lax.all_to_all(o, ctx.axis, split_axis=1, concat_axis=2, tiled=True)
 
 

@@ -84,6 +84,12 @@ class MeshPlan:
             raise ConfigError(f"mesh.zero: got {self.zero}, expected a stage of ZeRO: 0, 1, 2 or 3")
         if self.sequence not in CHUNKS:
             raise ConfigError(f"mesh.sequence: got '{self.sequence}', expected one of {sorted(CHUNKS)}")
+        if self.sequence == "ring" and min(self.pipe, self.context) > 1:
+            # XLA's collective permute has no groups of devices. On CPUs it then gives wrong numbers, without a word.
+            raise ConfigError(
+                f"mesh.sequence: got 'ring' on pipe {self.pipe} x context {self.context}, expected 'gather' or 'ulysses': stages of a pipeline do "
+                "different things at a time, and keys can only be sent round where all devices send. Set mesh.sequence."
+            )
 
     def degrees(self, devices: int) -> dict[str, int]:
         """The size of each axis on so many devices; raises `ConfigError` where the product does not fit."""
