@@ -79,6 +79,7 @@ class Mesh:
     schedule: str = "1f1b"
     chunks: int | None = None
     stash: str = "input"
+    sequence: str = "ring"
     accumulate: int = 1
     remat: str = "none"
     model: str = "grouped"
