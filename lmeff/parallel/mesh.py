@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -165,9 +166,35 @@ def make_layout(plan: MeshPlan, devices: Sequence[Any] | None = None) -> Layout:
     return Layout(mesh)
 
 
-def place_batch(batch: Batch, layout: Layout) -> Batch:
-    """A host batch on the mesh: rows over the batch axes, tokens whole."""
-    return jax.device_put(batch, jax.tree.map(lambda x: layout.sharding("B_", x.shape), batch))
+def place_batch(batch: Batch, layout: Layout, total: int | None = None) -> Batch:
+    """A host batch on the mesh: rows over the batch axes, tokens whole.
+
+    total: where `batch` holds only `own_rows(layout, total)` of a global batch of so many rows; None where it holds all of them.
+    """
+    if not layout.mesh.is_multi_process:
+        return jax.device_put(batch, jax.tree.map(lambda x: layout.sharding("B_", x.shape), batch))
+
+    rows = np.arange(len(batch.tokens)) if total is None else own_rows(layout, total)
+
+    def placed(x: np.ndarray) -> jax.Array:
+        shape = (total or len(x), *x.shape[1:])
+
+        def shard(at: Any) -> np.ndarray:
+            return x[np.isin(rows, np.arange(shape[0])[at[0]])]
+
+        return jax.make_array_from_callback(shape, layout.sharding("B_", shape), shard)
+
+    return jax.tree.map(placed, batch)
+
+
+def own_rows(layout: Layout, total: int, devices: Sequence[Any] | None = None) -> np.ndarray:
+    """The rows of a global batch of `total` that these devices hold (default: those of this process), ascending.
+
+    Processes share rows where an axis that does not cut them goes across processes.
+    """
+    here = set(layout.mesh.local_devices if devices is None else devices)
+    held = layout.sharding("B_", (total, 1)).devices_indices_map((total, 1))
+    return np.unique(np.concatenate([np.arange(total)[at[0]] for device, at in held.items() if device in here]))
 
 
 def parameter_shardings(specs: Tree, layout: Layout) -> dict[str, NamedSharding]:
