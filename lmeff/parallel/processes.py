@@ -9,12 +9,13 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -65,7 +66,7 @@ def join(*, cluster: bool) -> None:
     if seat is not None or cluster:
         _keep_stdout()
     if seat is not None:
-        threading.Thread(target=_end_with_launcher, args=(seat.lifeline,), daemon=True).start()
+        threading.Thread(target=_end_with_launcher, args=(seat,), daemon=True).start()
         jax.config.update("jax_check_proxy_envs", False)  # the peers are on this machine
         jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
         jax.distributed.initialize(
@@ -149,6 +150,7 @@ def _keep_stdout() -> None:
     os.close(silent)
 
 
-def _end_with_launcher(lifeline: int) -> Any:
-    os.read(lifeline, 1)  # nobody writes: it returns when the launcher's end is closed
+def _end_with_launcher(seat: Seat) -> None:
+    os.read(seat.lifeline, 1)  # nobody writes: it returns when the launcher's end is closed
+    shutil.rmtree(seat.folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
