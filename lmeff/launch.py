@@ -73,11 +73,11 @@ class Machine:
         """Simulates devices and joins the other processes, before JAX looks for devices."""
         seat = launched()
         if self.devices is not None:
-            simulate(self.devices if seat is None else self.devices // seat.count)
+            simulate_devices(self.devices if seat is None else self.devices // seat.count)
         join(cluster=self.distributed)
 
 
-def simulate(devices: int) -> None:
+def simulate_devices(devices: int) -> None:
     """Forces simulated CPU devices; works until JAX has looked for devices."""
     if devices < 1:
         raise UsageError(f"--devices: got {devices}, expected at least 1")

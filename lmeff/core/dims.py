@@ -10,7 +10,7 @@ from collections.abc import Mapping
 LETTERS: dict[str, str] = {
     "B": "batch",
     "T": "time (query positions)",
-    "S": "key positions",
+    "S": "positions not cut for sequence parallelism; key positions",
     "D": "model width",
     "H": "query heads",
     "K": "key-value heads",

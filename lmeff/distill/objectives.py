@@ -96,12 +96,12 @@ def head_objective(
         def local(hidden: jax.Array, head: Any, rows: Any, extras: Any) -> tuple[jax.Array, Sums]:
             hidden, rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (hidden, rows))
             loss = functools.partial(row_loss, axis)
-            options = {"chunk": chunk, "vocab_axis": axis, "batch_axes": layout.axes("B")}
+            options = {"chunk": chunk, "vocab_axis": axis, "batch_axes": layout.axes("BS")}
             return chunked_head(loss, hidden, head, rows, extras, **options)
 
-        row_letters = jax.tree.map(lambda x: "B" + WHOLE * (x.ndim - 1), rows)
+        row_letters = jax.tree.map(lambda x: "BS" + WHOLE * (x.ndim - 2), rows)
         sums = {"loss": ""} if teacher is None else {"loss": "", "kl": ""}
-        run = layout.on_shards(local, ("B__", letters, row_letters, extra_letters), ("", sums))
+        run = layout.on_shards(local, ("BS_", letters, row_letters, extra_letters), ("", sums))
         return run(s.hidden_BTD, s.head, rows, extras)
 
     return objective
@@ -120,8 +120,8 @@ def token_nll(model: Projection, *, chunk: int = CHUNK) -> Callable[[Layout, Out
             losses = map_rows(piece, (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)), chunk=chunk)
             return losses.reshape(weights.shape) * (weights > 0)
 
-        letters = ("B__", head_letters(out.head, model.cfg), "B_", "B_", _whole(out.ranges))
-        return layout.on_shards(local, letters, "B_")(
+        letters = ("BS_", head_letters(out.head, model.cfg), "BS", "BS", _whole(out.ranges))
+        return layout.on_shards(local, letters, "BS")(
             out.hidden_BTD, out.head, batch.targets, batch.weights, out.ranges
         )
 

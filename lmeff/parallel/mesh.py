@@ -1,8 +1,9 @@
 """Where tensors live: a `MeshPlan` maps letters to mesh axes, and a `Layout` applies it.
 
-The model says only letters (`ops.place(x, "BTD")`). Here they become shardings: B over data and fsdp, heads, ffn and vocabulary over tensor (Shoeybi et al.
-2019, https://arxiv.org/abs/1909.08053), D of the weights over fsdp (ZeRO-3: Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054), and T over tensor where
-no head or neuron uses it: norms and residuals are then sequence-parallel (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198).
+The model says only letters (`ops.place(x, "BTD")`). Here they become shardings: B over the batch axes, heads, ffn and vocabulary over tensor (Shoeybi et al.
+2019, https://arxiv.org/abs/1909.08053), D of the weights over fsdp (ZeRO: Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054), layers over pipe, experts
+over expert, and T over context and, where no head or neuron uses it, over tensor: norms and residuals are then sequence-parallel (Korthikanti et al. 2022,
+https://arxiv.org/abs/2205.05198).
 
 This module alone knows axis types. Meshes are in Auto mode: constraints fix the layout, XLA inserts the collectives, and what must not be
 left to it (attention, vocabulary-parallel embedding and loss, accumulated gradients) runs inside `jax.shard_map`.
@@ -24,53 +25,82 @@ from lmeff.core.errors import ConfigError
 from lmeff.core.specs import ParamSpec
 from lmeff.core.tree import Tree, flatten, owner
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+AXES = ("dcn", "data", "fsdp", "pipe", "expert", "context", "tensor")  # outermost first
+BATCH_AXES = ("dcn", "data", "fsdp", "expert")
+ZERO_AXIS = "fsdp"
 
 # Which axes a letter is cut over, in order of precedence: an axis is used once a tensor, by the first letter here that wants it.
 LETTER_AXES: dict[str, tuple[str, ...]] = {
     "B": BATCH_AXES,
+    "L": ("pipe",),
+    "E": ("expert",),
     "H": ("tensor",),
     "K": ("tensor",),
     "F": ("tensor",),
     "V": ("tensor",),
-    "D": ("fsdp",),
-    "T": ("tensor",),
+    "D": (ZERO_AXIS,),
+    "S": ("context",),
+    "T": ("context", "tensor"),
 }
 WHOLE = "_"  # in place of a letter: this dim is not cut
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeshPlan:
-    """Degrees of parallelism. `data=None` takes the devices that the other axes leave."""
+    """Degrees of parallelism. `data=None` takes the devices that the other axes leave.
 
+    dcn:     slices of a pod, joined by the data-center network; each trains on its own rows.
+    data:    replicas of the model, each on its own rows.
+    fsdp:    the same, with the model's state cut over them as `zero` says.
+    pipe:    pipeline stages, each with its own layers.
+    expert:  groups of experts; for all other layers one more axis of rows.
+    context: parts of the sequence.
+    tensor:  parts of every matrix.
+    zero:    what fsdp cuts: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also parameters (Rajbhandari et al. 2020).
+    schedule: of the pipeline, whose microbatches are those of `train.accumulate`; `chunks` are the slices of the model on a stage.
+    """
+
+    dcn: int = 1
     data: int | None = None
     fsdp: int = 1
+    pipe: int = 1
+    expert: int = 1
+    context: int = 1
     tensor: int = 1
+    zero: int = 3
+    schedule: str = "1f1b"
+    chunks: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses degrees that are none."""
+        for axis in AXES:
+            size = getattr(self, axis)
+            if size is not None and size < 1:
+                raise ConfigError(f"mesh.{axis}: got {size}, expected at least 1")
+        if self.zero not in (0, 1, 2, 3):
+            raise ConfigError(f"mesh.zero: got {self.zero}, expected a stage of ZeRO: 0, 1, 2 or 3")
 
     def degrees(self, devices: int) -> dict[str, int]:
         """The size of each axis on so many devices; raises `ConfigError` where the product does not fit."""
-        fixed = {"fsdp": self.fsdp, "tensor": self.tensor}
-        for axis, size in {**fixed, "data": self.data}.items():
-            if size is not None and size < 1:
-                raise ConfigError(f"mesh.{axis}: got {size}, expected at least 1")
+        fixed = {axis: getattr(self, axis) for axis in AXES if axis != "data"}
         inner = math.prod(fixed.values())
         data = self.data if self.data is not None else devices // inner
         if data * inner != devices or data < 1:
-            wanted = f"data {'*' if self.data is None else self.data} x fsdp {self.fsdp} x tensor {self.tensor}"
+            named = {"data": "*" if self.data is None else self.data, **{a: n for a, n in fixed.items() if n > 1}}
+            wanted = " x ".join(f"{axis} {size}" for axis, size in named.items())
             raise ConfigError(
                 f"mesh: got {wanted} on {devices} devices, expected a product of {devices}; "
                 f"change the degrees or run with --devices {inner * (self.data or 1)}"
             )
-        return {"data": data, **fixed}
+        return {axis: fixed.get(axis, data) for axis in AXES}
 
 
 def indivisible(specs: Tree, degrees: dict[str, int]) -> list[str]:
-    """What a plan cannot cut evenly, one line for each letter: `["heads (H = 4) over tensor = 8"]`."""
+    """What a plan cannot cut evenly, one line for each letter: `["heads (H = 4) over tensor = 8"]`. Layers may be uneven: stages are padded."""
     problems: dict[str, str] = {}
     for spec in flatten(specs).values():
         for letter, size in zip(spec.letters, spec.shape, strict=True):
-            for axis in LETTER_AXES.get(letter, ()):
+            for axis in LETTER_AXES.get(letter, ()) if letter != "L" else ():
                 if size % degrees[axis]:
                     problems[letter] = f"{letter} = {size} over {axis} = {degrees[axis]}"
     return list(problems.values())
@@ -78,14 +108,29 @@ def indivisible(specs: Tree, degrees: dict[str, int]) -> list[str]:
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and how letters lie on it. One device is the same code with every constraint the identity."""
+    """A mesh and how letters lie on it. One device is the same code with every constraint the identity.
+
+    manual: axes of an outer `jax.shard_map`: here every device has its own part already, and letters are not cut over them.
+    """
 
     mesh: Mesh
-    reserved: tuple[str, ...] = ()
+    plan: MeshPlan = MeshPlan()
+    manual: tuple[str, ...] = ()
 
-    def reserve(self, axes: tuple[str, ...]) -> "Layout":
-        """The layout as seen inside a `vmap` whose mapped dim is cut over `axes`: they are taken."""
-        return dataclasses.replace(self, reserved=axes)
+    def within(self, axes: tuple[str, ...]) -> "Layout":
+        """The layout as seen inside a `jax.shard_map` over `axes`."""
+        return dataclasses.replace(self, manual=axes)
+
+    @property
+    def of_optimizer(self) -> "Layout":
+        """How the optimizer's state lies: as the parameters, but cut over fsdp already at stages 1 and 2 of ZeRO."""
+        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, zero=3)) if self.plan.zero else self
+
+    def _letter_axes(self, letter: str) -> tuple[str, ...]:
+        """The axes that a letter is cut over: those wider than 1, not manual, and for weights those of the ZeRO stage."""
+        if letter == "D" and self.plan.zero < 3:
+            return ()
+        return tuple(a for a in LETTER_AXES.get(letter, ()) if self.mesh.shape[a] > 1 and a not in self.manual)
 
     def size(self, axes: Sequence[str]) -> int:
         """The number of devices along these axes."""
@@ -106,16 +151,19 @@ class Layout:
         return 8 if alone and remat == "none" else 1
 
     def partition(self, letters: str, shape: Sequence[int] | None = None) -> P:
-        """The partition of a tensor by its letters. With a shape, dims that do not divide stay whole."""
-        free = {axis for axis, size in self.mesh.shape.items() if size > 1} - set(self.reserved)
+        """The partition of a tensor by its letters. With a shape, a dim is cut over as many of its axes as divide it."""
         taken: dict[int, tuple[str, ...]] = {}
+        used: set[str] = set()
         order = list(LETTER_AXES)
         wanted = [i for i in range(len(letters)) if letters[i] in LETTER_AXES]
         for i in sorted(wanted, key=lambda i: order.index(letters[i])):
-            axes = tuple(axis for axis in LETTER_AXES[letters[i]] if axis in free)
-            if axes and (shape is None or shape[i] % math.prod(self.mesh.shape[a] for a in axes) == 0):
+            axes: tuple[str, ...] = ()
+            for axis in self._letter_axes(letters[i]):
+                if axis not in used and (shape is None or shape[i] % self.size((*axes, axis)) == 0):
+                    axes = (*axes, axis)
+            if axes:
                 taken[i] = axes
-                free -= set(axes)
+                used |= set(axes)
         return P(*(taken.get(i) for i in range(len(letters))))
 
     def sharding(self, letters: str, shape: Sequence[int] | None = None) -> NamedSharding:
@@ -127,33 +175,38 @@ class Layout:
         """Every device holds the whole."""
         return NamedSharding(self.mesh, P())
 
+    @property
+    def _names(self) -> set[str]:
+        """The axes that are left to place things on."""
+        return {axis for axis, size in self.mesh.shape.items() if size > 1 and axis not in self.manual}
+
     def place(self, x: jax.Array, letters: str) -> jax.Array:
         """Fixes the sharding of an activation inside a jitted function."""
-        if self.single:
+        if not self._names:
             return x
-        return jax.lax.with_sharding_constraint(x, self.sharding(letters, x.shape))
+        partition = self.partition(letters, x.shape)
+        return jax.lax.with_sharding_constraint(x, partition if self.manual else NamedSharding(self.mesh, partition))
 
     def on_shards(self, fn: Callable[..., Any], inputs: Sequence[Any], outputs: Any) -> Callable[..., Any]:
         """Runs `fn` on each device's shards: purely local code, or code that names its collectives.
 
         `inputs` are letters; `outputs` letters or a pytree of them. A sum inside `fn` that is to be differentiated must be right both with and
-        without JAX's checks of what varies over the mesh: under `vmap` (reserved axes) they are off, because they do not know mapped axes.
+        without JAX's checks of what varies over the mesh: inside an outer `jax.shard_map` they are off.
         """
-        names = {axis for axis, size in self.mesh.shape.items() if size > 1}
-        if not names:
+        if not self._names:
             return fn
         return jax.shard_map(
             fn,
-            mesh=self.mesh,
+            mesh=None if self.manual else self.mesh,
             in_specs=jax.tree.map(self.partition, tuple(inputs)),
             out_specs=jax.tree.map(self.partition, outputs),
-            axis_names=names,
-            check_vma=not self.reserved,
+            axis_names=self._names,
+            check_vma=not self.manual,
         )
 
-    def axes(self, letter: str) -> tuple[str, ...]:
-        """The axes a letter is cut over here: those wider than 1 and not reserved."""
-        return tuple(a for a in LETTER_AXES[letter] if self.mesh.shape[a] > 1 and a not in self.reserved)
+    def axes(self, letters: str) -> tuple[str, ...]:
+        """The axes these letters are cut over here, each once."""
+        return tuple(dict.fromkeys(axis for letter in letters for axis in self._letter_axes(letter)))
 
 
 def make_layout(plan: MeshPlan, devices: Sequence[Any] | None = None) -> Layout:
@@ -163,26 +216,25 @@ def make_layout(plan: MeshPlan, devices: Sequence[Any] | None = None) -> Layout:
     mesh = jax.make_mesh(
         tuple(degrees[axis] for axis in AXES), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES)
     )
-    return Layout(mesh)
+    return Layout(mesh, plan)
 
 
 def place_batch(batch: Batch, layout: Layout, total: int | None = None) -> Batch:
-    """A host batch on the mesh: rows over the batch axes, tokens whole.
+    """A host batch on the mesh: rows over the batch axes, tokens over context.
 
     total: where `batch` holds only `own_rows(layout, total)` of a global batch of so many rows; None where it holds all of them.
     """
     if not layout.mesh.is_multi_process:
-        return jax.device_put(batch, jax.tree.map(lambda x: layout.sharding("B_", x.shape), batch))
-
+        return jax.device_put(batch, jax.tree.map(lambda x: layout.sharding("BS", x.shape), batch))
     rows = np.arange(len(batch.tokens)) if total is None else own_rows(layout, total)
 
     def placed(x: np.ndarray) -> jax.Array:
         shape = (total or len(x), *x.shape[1:])
 
         def shard(at: Any) -> np.ndarray:
-            return x[np.isin(rows, np.arange(shape[0])[at[0]])]
+            return x[np.isin(rows, np.arange(shape[0])[at[0]]), at[1]]
 
-        return jax.make_array_from_callback(shape, layout.sharding("B_", shape), shard)
+        return jax.make_array_from_callback(shape, layout.sharding("BS", shape), shard)
 
     return jax.tree.map(placed, batch)
 
@@ -193,7 +245,7 @@ def own_rows(layout: Layout, total: int, devices: Sequence[Any] | None = None) -
     Processes share rows where an axis that does not cut them goes across processes.
     """
     here = set(layout.mesh.local_devices if devices is None else devices)
-    held = layout.sharding("B_", (total, 1)).devices_indices_map((total, 1))
+    held = layout.sharding("B" + WHOLE, (total, 1)).devices_indices_map((total, 1))
     return np.unique(np.concatenate([np.arange(total)[at[0]] for device, at in held.items() if device in here]))
 
 
@@ -221,3 +273,8 @@ def shardings(tree: Any, specs: Tree, layout: Layout) -> Any:
         return layout.sharding(letters, x.shape)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def partitions(tree: Any, specs: Tree, layout: Layout) -> Any:
+    """The same as bare partitions."""
+    return jax.tree.map(lambda sharding: sharding.spec, shardings(tree, specs, layout))

@@ -7,18 +7,19 @@ import jax
 import jax.numpy as jnp
 
 from lmeff.core.numerics import is_qtensor
-from lmeff.core.ops import FLOATING, MakeOps, Numerics, lookup, make_ops
+from lmeff.core.ops import FLOATING, Einsum, MakeOps, Numerics, lookup, make_ops, plain_einsum
 from lmeff.models.attention import attention
 from lmeff.parallel.mesh import Layout
 
 
-def layout_ops(layout: Layout, numerics: Numerics = FLOATING) -> MakeOps:
+def layout_ops(layout: Layout, numerics: Numerics = FLOATING, product: Einsum = plain_einsum) -> MakeOps:
     """The seam for this layout; `FLOATING` leaves activations in floating point."""
     return make_ops(
         numerics,
         attend=functools.partial(_attend, layout),
         place=layout.place,
         embed=functools.partial(_embed, layout),
+        product=product,
     )
 
 
@@ -50,7 +51,7 @@ def _embed(layout: Layout, table_VD: Any, tokens_BT: jax.Array) -> jax.Array:
     vocab, width = layout.axes("V"), layout.axes("D")
     if is_qtensor(table_VD) or not vocab + width:
         return lookup(table_VD, tokens_BT)
-    scattered = bool(vocab) and tokens_BT.shape[1] % layout.size(vocab) == 0
+    scattered = bool(vocab) and tokens_BT.shape[1] % layout.size(layout.axes("T")) == 0
 
     def local(part_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         if width:
@@ -62,7 +63,7 @@ def _embed(layout: Layout, table_VD: Any, tokens_BT: jax.Array) -> jax.Array:
             return jax.lax.psum_scatter(rows_BTD, vocab, scatter_dimension=1, tiled=True)
         return jax.lax.psum(rows_BTD, vocab) if vocab else rows_BTD
 
-    return layout.on_shards(local, ("VD", "B_"), "BT_" if scattered else "B__")(table_VD, tokens_BT)
+    return layout.on_shards(local, ("VD", "BS"), "BT_" if scattered else "BS_")(table_VD, tokens_BT)
 
 
 def _held(part_VD: jax.Array, tokens_BT: jax.Array, vocab: tuple[str, ...]) -> jax.Array:

@@ -78,7 +78,7 @@ def open_workshop(
     layout = make_layout(experiment.mesh)
     mesh = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    console.print(f"mesh: {mesh} on {jax.devices()[0].device_kind}{processes}", highlight=False)
+    console.print(f"mesh: {mesh} on {jax.devices()[0].device_kind}{processes}", highlight=False, soft_wrap=True)
     return Workshop(
         experiment=experiment, shapes=shapes, corpus=corpus, layout=layout, directory=directory, resume=resume
     )

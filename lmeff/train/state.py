@@ -55,6 +55,14 @@ def build_state(
     return TrainState(trainable, tx.init(trainable), made.auxiliary, average, jnp.int32(0))
 
 
+def state_shardings(state: TrainState, specs: Tree, layout: Layout) -> Any:
+    """Where every leaf of a state lies; the optimizer's and the average by the stage of ZeRO."""
+    placed = state._replace(opt=None, ema=None)
+    owned = TrainState(None, state.opt, None, state.ema, None)  # type: ignore[arg-type]
+    own, rest = shardings(owned, specs, layout.of_optimizer), shardings(placed, specs, layout)
+    return rest._replace(opt=own.opt, ema=own.ema)
+
+
 def with_shardings(tree: Any, specs: Tree, layout: Layout) -> Any:
     """`jax.ShapeDtypeStruct`s with the layout's shardings in place of the leaves of `tree`."""
     return jax.tree.map(
@@ -76,6 +84,6 @@ def create_state(
     def build(params: Any) -> TrainState:
         return build_state(params, specs, compression, tx, ema=ema)
 
-    out = shardings(jax.eval_shape(build, params), specs, layout)
+    out = state_shardings(jax.eval_shape(build, params), specs, layout)
     placed = jax.device_put(params, shardings(params, specs, layout))
     return jax.jit(build, out_shardings=out)(placed)

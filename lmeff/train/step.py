@@ -1,5 +1,6 @@
 """The train step: one pure function, whatever is composed in it."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 from lmeff.compress.base import Compression, State
 from lmeff.core.batch import Batch
@@ -15,10 +17,16 @@ from lmeff.core.precision import Policy
 from lmeff.core.tree import Tree
 from lmeff.distill.objectives import Objective
 from lmeff.models.config import ModelConfig
-from lmeff.models.transformer import Output, View, forward, identity_view
-from lmeff.parallel.accumulate import accumulated_gradients
-from lmeff.parallel.mesh import Layout
+from lmeff.models.transformer import Output, View, forward, identity_view, param_specs, substate
+from lmeff.parallel.mesh import Layout, partitions, shardings
+from lmeff.parallel.pipeline import Member, Share, run_pipeline
+from lmeff.parallel.program import compile_schedule
+from lmeff.parallel.region import accumulated, gradient, regional, split_rows
+from lmeff.parallel.schedules import build
 from lmeff.parallel.seam import layout_ops
+from lmeff.parallel.slices import Slice, SliceModel
+from lmeff.parallel.stages import layer_table, layers_present, take_layers
+from lmeff.parallel.tables import Schedule
 from lmeff.train.loss_scale import PATIENCE, current_scale, find
 from lmeff.train.optim import ema_update
 from lmeff.train.state import Trainable, TrainState
@@ -89,6 +97,7 @@ def make_train_step(rt: Runtime) -> Callable[[TrainState, Batch, Frozen], tuple[
         grads, sums = gradients(rt, state.trainable, state.auxiliary, batch, frozen, scale)
         if scaled:
             grads = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads)
+        grads = place_gradients(rt, grads)
         updates, opt = rt.tx.update(grads, state.opt, state.trainable)
         trainable: Any = optax.apply_updates(state.trainable, updates)
         auxiliary = rt.compression.update(
@@ -100,6 +109,19 @@ def make_train_step(rt: Runtime) -> Callable[[TrainState, Batch, Frozen], tuple[
         return skip_overflow(state, made, metrics) if scaled else (made, metrics)
 
     return step
+
+
+def place_gradients(rt: Runtime, grads: Trainable) -> Trainable:
+    """Gradients where the optimizer's state is: each device reduces, and updates, its part of them.
+
+    At stage 1 of ZeRO they are reduced whole first.
+    """
+    layout = rt.layout
+    if layout.plan.zero in (0, 3) or layout.single:
+        return grads
+    for place in (layout, layout.of_optimizer)[layout.plan.zero - 1 :]:
+        grads = jax.lax.with_sharding_constraint(grads, shardings(grads, rt.specs, place))
+    return grads
 
 
 def skip_overflow(old: TrainState, new: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
@@ -126,13 +148,85 @@ def gradients(
     total = jnp.maximum(batch.weights.sum(), 1.0)
 
     def loss_fn(
-        layout: Layout, trainable: Trainable, auxiliary: Any, batch: Batch, frozen: Frozen
+        layout: Layout, trainable: Trainable, auxiliary: Any, batch: Batch, given: tuple[Frozen, Any]
     ) -> tuple[jax.Array, Metrics]:
+        frozen, factor = given
         objective, sums = loss_sums(rt, layout, trainable, auxiliary, batch, frozen)
-        return objective * (scale / total), {**sums, "objective": objective}
+        return objective * factor, {**sums, "objective": objective}
 
-    grads, sums = accumulated_gradients(loss_fn, rt.layout, rt.accumulate, trainable, auxiliary, batch, frozen)
+    run = functools.partial(gradient, loss_fn, rt.layout)
+    axes = rt.layout.axes("BL")
+    if rt.accumulate > 1 or "pipe" in axes:
+        cuts = (*(partitions(x, rt.specs, rt.layout) for x in (trainable, auxiliary)), frozen_partitions(rt, frozen))
+        local = functools.partial(accumulated, loss_fn, rt.accumulate)
+        if "pipe" in axes:
+            local = functools.partial(pipelined_gradients, rt)
+        run = regional(local, rt.layout, axes, cuts)
+    grads, sums = run(trainable, auxiliary, batch, (frozen, scale / total))
     return grads, {name: value / total for name, value in sums.items()}
+
+
+def pipelined_gradients(
+    rt: Runtime, layout: Layout, trainable: Trainable, auxiliary: Any, batch: Batch, given: tuple[Frozen, Any]
+) -> tuple[Trainable, Metrics]:
+    """Gradients and sums of the rows of a group from this stage of the pipeline, inside a region.
+
+    Weights are seen by the compression once a step. The pipeline differentiates by what is seen, and one pull takes that back to what is trained.
+    """
+    frozen, factor = given
+    plan = layout.plan
+    schedule = build(plan.schedule, layout.mesh.shape["pipe"], rt.accumulate, plan.chunks)
+
+    def seen(trainable: Trainable) -> Any:
+        state = State(trainable.compression, auxiliary)
+        return staged(
+            rt.student, schedule, {k: rt.student.view(p, substate(state, k)) for k, p in trainable.params.items()}
+        )
+
+    def loss(student: Output, teacher: Output | None, batch: Batch) -> tuple[jax.Array, Metrics]:
+        objective, sums = rt.objective(layout, student, teacher, batch)
+        return objective * factor, {**sums, "objective": objective}
+
+    shown, pull = jax.vjp(seen, trainable)
+    student = member(rt.student, layout, schedule, shown, frozen.ranges, rt.policy, rt.remat)
+    teacher = None
+    if rt.teacher is not None:
+        shown_teacher = staged(rt.teacher, schedule, frozen.teacher)
+        teacher = member(rt.teacher, layout, schedule, shown_teacher, frozen.teacher_ranges, rt.policy, "none")
+    pieces = split_rows(batch, rt.accumulate)
+    d_blocks, d_outer, sums, _ = run_pipeline(compile_schedule(schedule), layout, student, teacher, loss, pieces)
+    grads = {"blocks": d_blocks, **d_outer}
+    grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, shown)
+    return pull(grads)[0], sums
+
+
+def staged(model: Model, schedule: Schedule, params: Any) -> Any:
+    """Seen parameters with the layers that this stage holds, [v, n, ...]."""
+    table, cut = layer_table(schedule, model.cfg.layers), model.cfg.layers % schedule.stages == 0
+    blocks = jax.tree.map(lambda x: take_layers(x, table, cut=cut), params["blocks"])
+    return {**params, "blocks": blocks}
+
+
+def member(
+    model: Model, layout: Layout, schedule: Schedule, shown: Any, ranges: Ranges | None, policy: Policy, remat: str
+) -> Member:
+    """A model as the pipeline runs it, and this stage's share of it."""
+    table = layer_table(schedule, model.cfg.layers)
+    ranges = ranges or {}
+    own = {site: take_layers(x, table, cut=False) for site, x in ranges.items() if site != "head"}
+    chunks = Slice(shown["blocks"], own, layers_present(table))
+    outer = {key: part for key, part in shown.items() if key != "blocks"}
+    head = {site: x for site, x in ranges.items() if site == "head"}
+    make = functools.partial(layout_ops, layout, model.numerics)
+    static = SliceModel(model.cfg, make, policy.compute, policy.output, remat)
+    return Member(static, Share(chunks, outer, head))
+
+
+def frozen_partitions(rt: Runtime, frozen: Frozen) -> Any:
+    """How what `gradients` is given besides the state lies on the mesh."""
+    whole = jax.tree.map(lambda _: P(), (frozen.teacher_ranges, frozen.ranges))
+    teacher = None if rt.teacher is None else partitions(frozen.teacher, param_specs(rt.teacher.cfg), rt.layout)
+    return Frozen(teacher, *whole), P()
 
 
 def loss_sums(

@@ -87,8 +87,8 @@ def test_two_processes_equal_one(single):
     """On data x fsdp x tensor, where each process holds half of the rows."""
     code, out, err = finish(command("train", single[1], *TINY, *MESH, *TWO, "--name", "halves", "--json"))
     assert code == 0, err
-    assert err.count("mesh: data 2 x fsdp 2 x tensor 2 on cpu, 2 processes") == 1
-    assert err.count("step 3/3") == 1
+    assert err.count(" on cpu, 2 processes") == 1
+    assert err.count("step 3/3") == err.count("mesh: ") == 1
     equals_single(single, "halves", out)
 
 

@@ -9,37 +9,41 @@ from lmeff.core.errors import ConfigError
 from lmeff.core.specs import ParamSpec
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
-from lmeff.parallel.mesh import MeshPlan, indivisible, make_layout, parameter_shardings, place_batch, shardings
+from lmeff.parallel.mesh import AXES, MeshPlan, indivisible, make_layout, parameter_shardings, place_batch, shardings
 from tests.layouts.trial import make_batch
 
 
 @pytest.mark.parametrize(
     ("plan", "devices", "want"),
     [
-        (MeshPlan(), 8, (8, 1, 1)),
-        (MeshPlan(), 1, (1, 1, 1)),
-        (MeshPlan(fsdp=4), 8, (2, 4, 1)),
-        (MeshPlan(data=2, fsdp=2, tensor=2), 8, (2, 2, 2)),
-        (MeshPlan(tensor=8), 8, (1, 1, 8)),
+        (MeshPlan(), 8, {"data": 8}),
+        (MeshPlan(), 1, {}),
+        (MeshPlan(fsdp=4), 8, {"data": 2, "fsdp": 4}),
+        (MeshPlan(data=2, fsdp=2, tensor=2), 8, {"data": 2, "fsdp": 2, "tensor": 2}),
+        (MeshPlan(tensor=8), 8, {"tensor": 8}),
+        (MeshPlan(dcn=2, pipe=2, context=2), 8, {"dcn": 2, "data": 1, "pipe": 2, "context": 2}),
     ],
 )
 def test_degrees(plan, devices, want):
-    assert tuple(plan.degrees(devices).values()) == want
+    degrees = plan.degrees(devices)
+    assert tuple(degrees) == AXES
+    assert degrees == {axis: want.get(axis, 1) for axis in AXES}
 
 
 @pytest.mark.parametrize(
     ("plan", "devices", "message"),
     [
-        (MeshPlan(fsdp=0), 8, r"mesh\.fsdp: got 0, expected at least 1"),
-        (MeshPlan(data=-1), 8, r"mesh\.data: got -1"),
-        (MeshPlan(fsdp=3), 8, r"data \* x fsdp 3 x tensor 1 on 8 devices"),
-        (MeshPlan(data=2, tensor=2), 8, r"data 2 x fsdp 1 x tensor 2 on 8 devices.*--devices 4"),
-        (MeshPlan(fsdp=16), 8, r"on 8 devices.*--devices 16"),
+        ({"fsdp": 0}, 8, r"mesh\.fsdp: got 0, expected at least 1"),
+        ({"data": -1}, 8, r"mesh\.data: got -1"),
+        ({"zero": 4}, 8, r"mesh\.zero: got 4, expected a stage of ZeRO"),
+        ({"fsdp": 3}, 8, r"data \* x fsdp 3 on 8 devices"),
+        ({"data": 2, "tensor": 2}, 8, r"data 2 x tensor 2 on 8 devices.*--devices 4"),
+        ({"fsdp": 16}, 8, r"on 8 devices.*--devices 16"),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(plan, devices, message):
     with pytest.raises(ConfigError, match=message):
-        plan.degrees(devices)
+        MeshPlan(**plan).degrees(devices)
 
 
 def test_precedence_of_letters():
@@ -53,8 +57,8 @@ def test_precedence_of_letters():
     assert layout.partition("LDHC") == P(None, "fsdp", "tensor", None)
     assert layout.partition("VD") == P("tensor", "fsdp")
     assert layout.partition("B__") == P(batch, None, None)
-    assert layout.reserve(batch).partition("BTD") == P(None, "tensor", None)
-    assert layout.reserve(batch).axes("B") == ()
+    assert layout.within(batch).partition("BTD") == P(None, "tensor", None)
+    assert layout.within(batch).axes("B") == ()
     assert layout.axes("B") == batch
     assert layout.size(batch) == 4
 

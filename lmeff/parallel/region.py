@@ -1,0 +1,116 @@
+"""Gradients of a batch where each group of devices works on its own rows, and one explicit reduction follows.
+
+Left to itself, XLA reduces each layer's gradient as the backward pass makes it: what ZeRO-3 wants of a batch in one piece. With microbatches that would
+send every gradient once a microbatch. So the whole of it, loops and all, runs inside a `jax.shard_map` over the batch axes (a *region*):
+parameters are gathered once before, gradients added up without leaving the device and reduced once after. Meanwhile both are whole over fsdp.
+Tensor and context parallelism go on inside, under the layout of the region (`Layout.within`).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from lmeff.core.batch import Batch
+from lmeff.parallel.mesh import ZERO_AXIS, Layout
+
+Sums = dict[str, jax.Array]
+LossFn = Callable[[Layout, Any, Any, Batch, Any], tuple[jax.Array, Sums]]
+
+
+def gradient(loss_fn: LossFn, layout: Layout, trainable: Any, auxiliary: Any, batch: Batch, frozen: Any) -> Any:
+    """`(gradients, sums)` of `loss_fn(layout, trainable, auxiliary, batch, frozen) -> (loss, sums)`, the batch in one piece."""
+    return jax.grad(functools.partial(loss_fn, layout), has_aux=True)(trainable, auxiliary, batch, frozen)
+
+
+def accumulated(
+    loss_fn: LossFn, microbatches: int, layout: Layout, trainable: Any, auxiliary: Any, batch: Batch, frozen: Any
+) -> Any:
+    """The same over microbatches, one after the other; purely local."""
+    if microbatches == 1:
+        return gradient(loss_fn, layout, trainable, auxiliary, batch, frozen)
+
+    def of(piece: Batch) -> Any:
+        return gradient(loss_fn, layout, trainable, auxiliary, piece, frozen)
+
+    def add(sums: Any, piece: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, of(piece)), None
+
+    pieces = split_rows(batch, microbatches)
+    shapes = jax.eval_shape(of, jax.tree.map(lambda x: x[0], pieces))
+    return jax.lax.scan(add, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), pieces)[0]
+
+
+def split_rows(batch: Batch, microbatches: int) -> Batch:
+    """[B, T] to [microbatches, B / microbatches, T]."""
+    return jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
+
+
+def _names(dim: Any) -> tuple[str, ...]:
+    """The axes of one entry of a partition."""
+    return () if dim is None else (dim,) if isinstance(dim, str) else tuple(dim)
+
+
+def _is_cut(x: Any) -> bool:
+    return isinstance(x, P)
+
+
+def gather(tree: Any, cuts: Any) -> Any:
+    """Inside a region: every leaf whole over fsdp."""
+
+    def leaf(cut: P, x: jax.Array) -> jax.Array:
+        for dim, axes in enumerate(cut):
+            if ZERO_AXIS in _names(axes):
+                x = jax.lax.all_gather(x, ZERO_AXIS, axis=dim, tiled=True)
+        return x
+
+    return jax.tree.map(leaf, cuts, tree, is_leaf=_is_cut)
+
+
+def reduce(tree: Any, cuts: Any, axes: tuple[str, ...]) -> Any:
+    """Inside a region: gradients that are whole over fsdp, summed over `axes` and cut as `cuts` say; the inverse of `gather`.
+
+    An axis that cuts a leaf is not summed over: it has other parameters there (experts, layers), except fsdp, which gets its part of the sum.
+    """
+
+    def leaf(cut: P, x: jax.Array) -> jax.Array:
+        dims = {axis: dim for dim, entry in enumerate(cut) for axis in _names(entry)}
+        if ZERO_AXIS in dims and ZERO_AXIS in axes:
+            x = jax.lax.psum_scatter(x, ZERO_AXIS, scatter_dimension=dims[ZERO_AXIS], tiled=True)
+        left = tuple(axis for axis in axes if axis not in dims)
+        return jax.lax.psum(x, left) if left else x
+
+    return jax.tree.map(leaf, cuts, tree, is_leaf=_is_cut)
+
+
+def regional(
+    local: Callable[[Layout, Any, Any, Batch, Any], tuple[Any, Sums]], layout: Layout, axes: tuple[str, ...], cuts: Any
+) -> Callable[[Any, Any, Batch, Any], tuple[Any, Sums]]:
+    """`(trainable, auxiliary, batch, frozen) -> (gradients, sums)` of the whole batch.
+
+    local: `(layout, trainable, auxiliary, batch, frozen) -> (gradients, sums)` of the rows of one group.
+    cuts:  the partitions of trainable, auxiliary and frozen.
+    """
+    inner = layout.within(axes)
+
+    def run(trainable: Any, auxiliary: Any, batch: Batch, frozen: Any) -> tuple[Any, Sums]:
+        whole = (gather(tree, cut) for tree, cut in zip((trainable, auxiliary, frozen), cuts, strict=True))
+        trainable, auxiliary, frozen = whole
+        grads, sums = local(inner, trainable, auxiliary, batch, frozen)
+        return reduce(grads, cuts[0], axes), jax.lax.psum(sums, axes)
+
+    if not axes:
+        return functools.partial(local, layout)
+    rows = layout.partition("B")
+    own = functools.partial(
+        jax.tree.map,
+        lambda cut: P(*(tuple(a for a in _names(dim) if a in axes) or None for dim in cut)),
+        is_leaf=_is_cut,
+    )
+    inputs = (own(cuts[0]), own(cuts[1]), rows, own(cuts[2]))
+    return jax.shard_map(
+        run, mesh=layout.mesh, in_specs=inputs, out_specs=(inputs[0], P()), axis_names=set(axes), check_vma=False
+    )
