@@ -91,6 +91,14 @@ def joined() -> bool:
     return jax.distributed.is_initialized()
 
 
+def refuse_unjoined() -> None:
+    """Raises `UsageError` on a pod where the run was not told of the other hosts: each would write as if it were alone."""
+    if jax.process_count() > 1 and not joined():
+        raise UsageError(
+            f"this host is one of {jax.process_count()} of a pod, and the command runs alone; expected it on every host with --distributed"
+        )
+
+
 def leads() -> bool:
     """Whether this process writes for all."""
     return not joined() or jax.process_index() == 0
@@ -98,14 +106,14 @@ def leads() -> bool:
 
 def sync(name: str) -> None:
     """Waits until all processes are here. Not a collective on devices: those give up on a peer that is minutes late."""
-    if jax.process_count() > 1:
+    if joined():
         everyone = set(range(jax.process_count()))
         multihost.sync_global_processes(f"lmeff {name} {next(_barriers)}", timeout=PATIENCE, processes=everyone)
 
 
 def same(text: str) -> bool:
     """Whether every process came with the same text."""
-    if jax.process_count() == 1:
+    if not joined():
         return True
     own = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
     return bool((multihost_utils.process_allgather(own) == own).all())

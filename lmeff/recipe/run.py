@@ -18,7 +18,7 @@ from lmeff.data.loader import Corpus, build
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import make_layout
-from lmeff.parallel.processes import leads, same, sync
+from lmeff.parallel.processes import leads, refuse_unjoined, same, sync
 from lmeff.recipe.artifact import Artifact, load, save
 from lmeff.recipe.stage import Workshop, recipe_of, run_stage
 from lmeff.recipe.summary import make_report, rule_rows
@@ -73,6 +73,7 @@ def open_workshop(
     experiment: Experiment, shapes: Mapping[str, ModelConfig], directory: Path, console: Console, *, resume: bool = True
 ) -> Workshop:
     """The data and the mesh of a run."""
+    refuse_unjoined()
     corpus = _corpus(experiment, directory / "data")
     console.print(f"data: {corpus.describe()}", highlight=False, soft_wrap=True)
     layout = make_layout(experiment.mesh)

@@ -57,7 +57,7 @@ def test_hosts_make_their_rows_alone(small, hosts):
 
 
 def test_an_empty_batch_is_refused(small):
-    with pytest.raises(ConfigError, match="train.batch: got 0 rows, expected at least 1"):
+    with pytest.raises(ConfigError, match=r"train\.batch: got 0 rows, expected at least 1"):
         build(small.config, small.folder, 7, batch=0)
 
 
