@@ -1,8 +1,8 @@
 """The pipeline executor: one scan over the ticks of any schedule, inside a region manual over pipe.
 
-In a tick every stage does its own op (`jax.lax.switch`), then two collective permutes move what was made to the neighbours. The first slice also embeds
-its tokens, the last one also computes the loss: neither exists on the other stages. A stage keeps a microbatch's input from F to B, which runs the slice again from
-it; weights, fsdp and tensor parallelism inside a stage are as everywhere. A teacher's slices ride along: its activations travel beside the student's.
+In a tick every stage does its own op (`jax.lax.switch`), then two collective permutes move what was made to the neighbours. The first slice also
+embeds its tokens, the last one also computes the loss: neither exists on the other stages. Weights, context and tensor parallelism inside a stage
+are as everywhere. A teacher's slices ride along: its activations travel beside the student's.
 """
 
 import functools
@@ -14,20 +14,11 @@ import jax.numpy as jnp
 
 from lmeff.core.batch import Batch
 from lmeff.core.ops import plain_einsum
-from lmeff.core.tree import Tree, flatten, map_with_path, unflatten
+from lmeff.core.tree import Tree, flatten, map_with_path
 from lmeff.models.transformer import Output, cast_floating, embed_tokens, last_hidden, param_specs
 from lmeff.parallel.mesh import WHOLE, Layout
 from lmeff.parallel.program import ACTIVATION, GRADIENT, Program, Ticks
-from lmeff.parallel.slices import (
-    Products,
-    Saved,
-    Slice,
-    SliceModel,
-    forward_slice,
-    products_of,
-    tapped_slice,
-    weight_gradients,
-)
+from lmeff.parallel.slices import Products, Slice, SliceModel, products_of
 from lmeff.parallel.stages import AXIS
 
 Sums = dict[str, jax.Array]
@@ -53,13 +44,52 @@ class Member(NamedTuple):
     share: Share
 
 
+class Pipeline(NamedTuple):
+    """What does not change from tick to tick.
+
+    loss:  `(student output, teacher output, microbatch) -> (objective, sums)`.
+    batch: [m, rows, T].
+    """
+
+    program: Program
+    layout: Layout
+    student: Member
+    teacher: Member | None
+    loss: Callable[[Output, Output | None, Batch], tuple[jax.Array, Sums]]
+    batch: Batch
+    products: Products
+
+    @property
+    def members(self) -> list[Member]:
+        """The student, and the teacher where there is one."""
+        return [self.student] if self.teacher is None else [self.student, self.teacher]
+
+    @property
+    def width(self) -> int:
+        """Of the student's activations."""
+        return self.student.model.cfg.width
+
+    def join(self, *parts: jax.Array) -> jax.Array:
+        """Activations of the student, and of the teacher or zeros, beside each other."""
+        missing = [m.model.cfg.width for m in self.members[len(parts) :]]
+        zeros = [jnp.zeros((*parts[0].shape[:-1], width), parts[0].dtype) for width in missing]
+        return jnp.concatenate([*parts, *zeros], -1) if len(self.members) > 1 else parts[0]
+
+    def split(self, x: jax.Array) -> list[jax.Array]:
+        """The inverse, one activation for each member."""
+        return [x] if self.teacher is None else [x[..., : self.width], x[..., self.width :]]
+
+
 class Buffers(NamedTuple):
-    """What waits on a stage, each [rows + 1 spare, ...]; `SlotCounts` says the rows."""
+    """What waits on a stage, every array [rows + 1 spare, ...]; `SlotCounts` says the rows.
+
+    activation, gradient: what arrived. stash: what F leaves for B (and W). pending: what B leaves for W.
+    """
 
     activation: jax.Array
-    stash: jax.Array
     gradient: jax.Array
-    pending: Saved
+    stash: Any
+    pending: Any
 
 
 class Counts(NamedTuple):
@@ -80,28 +110,25 @@ class Carry(NamedTuple):
     counts: Counts
 
 
-class Pipeline(NamedTuple):
-    """Everything of a pipelined step but its arrays that change.
+Branch = Callable[[Pipeline, Ticks, Carry], tuple[Carry, jax.Array]]
 
-    loss: `(student output, teacher output, microbatch) -> (objective, sums)`.
+
+class Stash(NamedTuple):
+    """What a stage keeps from F on.
+
+    branches: idle, F, B and W.
+    until:    the op that reads a stash for the last time.
+    shapes:   `pipeline -> (stash, pending)` of one microbatch, as `jax.ShapeDtypeStruct`s.
     """
 
-    program: Program
-    layout: Layout
-    student: Member
-    teacher: Member | None
-    loss: Callable[[Output, Output | None, Batch], tuple[jax.Array, Sums]]
-    batch: Batch  # [m, rows, T]
-    products: Products
-
-    @property
-    def width(self) -> int:
-        """Of the student's activations."""
-        return self.student.model.cfg.width
+    branches: tuple[Branch, Branch, Branch, Branch]
+    until: Any
+    shapes: Callable[[Pipeline], tuple[Any, Any]]
 
 
 def run_pipeline(
     program: Program,
+    stash: Stash,
     layout: Layout,
     student: Member,
     teacher: Member | None,
@@ -112,64 +139,62 @@ def run_pipeline(
 
     Runs inside a region over pipe and the batch axes. What only one stage has is zero on the others: the caller adds up over pipe.
     """
-    shape = (*batch.tokens.shape[1:], student.model.cfg.width)
-    x = jax.ShapeDtypeStruct(shape, student.model.compute_dtype)
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), batch)
-    layer = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[2:], a.dtype), student.share.chunks)
-    products = products_of(student.model, layer, x, one)
+    x = jax.ShapeDtypeStruct((*batch.tokens.shape[1:], student.model.cfg.width), student.model.compute_dtype)
+    products = products_of(student.model, _shapes(student.share.chunks, 2), x, _shapes(batch, 1))
     pipe = Pipeline(program, layout, student, teacher, loss, batch, products)
+    tick = functools.partial(_tick, pipe, stash)
     carry, _ = jax.lax.scan(
-        lambda c, t: (_tick(pipe, c, t), None), _start(pipe), jax.tree.map(jnp.asarray, program.ticks)
+        lambda c, t: (tick(c, t), None), _start(pipe, stash), jax.tree.map(jnp.asarray, program.ticks)
     )
     return carry.d_blocks, carry.d_outer, carry.sums, carry.counts
 
 
-def _start(pipe: Pipeline) -> Carry:
-    model, share, slots = pipe.student.model, pipe.student.share, pipe.program.slots
-    rows, length = pipe.batch.tokens.shape[1:]
-    wide = pipe.width + (0 if pipe.teacher is None else pipe.teacher.model.cfg.width)
-    count = jax.tree.leaves(share.chunks.blocks)[0].shape[1]
+def _shapes(tree: Any, dims: int) -> Any:
+    """Shapes without so many leading dims."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[dims:], x.dtype), tree)
 
-    def rows_of(slots: int, width: int) -> jax.Array:
-        return jnp.zeros((slots + 1, rows, length, width), model.compute_dtype)
 
-    outputs = pipe.products.outputs
-    cotangents = {site: jnp.zeros((slots.pending + 1, count, *o.shape), o.dtype) for site, o in outputs.items()}
-    inputs = {}
-    for site, letters in pipe.products.inputs.items():
-        sizes = {**model.cfg.sizes, "B": rows, "T": length}
-        inputs[site] = jnp.zeros(
-            (slots.pending + 1, count, *(sizes[letter] for letter in letters)), model.compute_dtype
-        )
-    buffers = Buffers(
-        rows_of(slots.activation, wide),
-        rows_of(slots.stash, wide),
-        rows_of(slots.gradient, pipe.width),
-        Saved(inputs, cotangents),
+def _start(pipe: Pipeline, stash: Stash) -> Carry:
+    share, slots = pipe.student.share, pipe.program.slots
+    x = activation_shape(pipe)
+    stashed, pending = stash.shapes(pipe)
+    gradient = jax.ShapeDtypeStruct((*x.shape[:-1], pipe.width), x.dtype)
+    kinds = zip(
+        (x, gradient, stashed, pending), (slots.activation, slots.gradient, slots.stash, slots.pending), strict=True
     )
-    one = jax.tree.map(lambda a: a[0], pipe.batch)
-    x = jax.ShapeDtypeStruct((rows, length, wide), model.compute_dtype)
-    sums = jax.eval_shape(lambda x: _loss(pipe, jnp.int32(0), x, x[..., : pipe.width], share.outer, one), x)[1]
+    buffers = Buffers(*(jax.tree.map(lambda s, n=n: jnp.zeros((n + 1, *s.shape), s.dtype), kind) for kind, n in kinds))
+
+    def loss(x: jax.Array) -> Any:
+        y, *others = pipe.split(x)
+        return last_loss(pipe, y, others, share.outer, jax.tree.map(lambda a: a[0], pipe.batch))
+
+    _, sums = jax.eval_shape(loss, x)
     zero = jnp.int32(0)
-    return Carry(
-        _place(pipe, buffers), _zeros(share.chunks.blocks), _zeros(share.outer), _zeros(sums), Counts(zero, zero, zero)
-    )
+    grads = (_zeros(share.chunks.blocks), _zeros(share.outer))
+    return Carry(_place_buffers(pipe, buffers), *grads, _zeros(sums), Counts(zero, zero, zero))
+
+
+def activation_shape(pipe: Pipeline) -> jax.ShapeDtypeStruct:
+    """Of what travels between stages: [rows, T, D] of all members beside each other."""
+    width = sum(m.model.cfg.width for m in pipe.members)
+    return jax.ShapeDtypeStruct((*pipe.batch.tokens.shape[1:], width), pipe.student.model.compute_dtype)
 
 
 def _zeros(tree: Any) -> Any:
     return jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), tree)
 
 
-def _place(pipe: Pipeline, buffers: Buffers) -> Buffers:
-    """Fixes how buffers lie over context and tensor; saved inputs and cotangents as the products want them, time whole over tensor."""
-    place = pipe.layout.place
-    letters = pipe.products.letters, pipe.products.inputs
-    saved = [
-        {site: place(x, WHOLE * 2 + own[site].replace("T", "S")) for site, x in part.items()}
-        for part, own in ((buffers.pending.inputs, letters[1]), (buffers.pending.cotangents, letters[0]))
-    ]
-    activations = (place(x, WHOLE + "BTD") for x in buffers[:3])
-    return Buffers(*activations, Saved(*saved))
+def _tick(pipe: Pipeline, stash: Stash, carry: Carry, row: Ticks) -> Carry:
+    stages = pipe.program.stages
+    t = jax.tree.map(lambda column: column[jax.lax.axis_index(AXIS)], row)
+    branches = [_settled(pipe, functools.partial(branch, pipe, t)) for branch in stash.branches]
+    carry, payload = jax.lax.switch(t.op, branches, carry)
+    arrivals = {
+        "left": jax.lax.ppermute(payload, AXIS, [(s, (s + 1) % stages) for s in range(stages)]),
+        "right": jax.lax.ppermute(payload, AXIS, [(s, (s - 1) % stages) for s in range(stages)]),
+        "local": payload,
+    }
+    return carry._replace(buffers=_place_buffers(pipe, _store(pipe, carry.buffers, arrivals, t)))
 
 
 def _settled(pipe: Pipeline, branch: Callable[[Carry], tuple[Carry, jax.Array]]) -> Any:
@@ -179,38 +204,38 @@ def _settled(pipe: Pipeline, branch: Callable[[Carry], tuple[Carry, jax.Array]])
         carry, payload = branch(carry)
         specs = param_specs(pipe.student.model.cfg)
         carry = carry._replace(
-            buffers=_place(pipe, carry.buffers),
-            d_blocks=_place_gradients(pipe, carry.d_blocks, specs["blocks"]),
-            d_outer=_place_gradients(pipe, carry.d_outer, specs),
+            buffers=_place_buffers(pipe, carry.buffers),
+            d_blocks=place_gradients(pipe.layout, carry.d_blocks, specs["blocks"]),
+            d_outer=place_gradients(pipe.layout, carry.d_outer, specs),
         )
         return carry, pipe.layout.place(payload, "BTD")
 
     return run
 
 
-def _place_gradients(pipe: Pipeline, grads: Any, specs: Tree) -> Any:
+def place_gradients(layout: Layout, grads: Any, specs: Tree) -> Any:
     """Gradients over tensor as the parameters are; those of layers have a leading dim more than their specs, [v, n, ...]."""
     letters = {path: spec.letters for path, spec in flatten(specs).items()}
-
-    def leaf(path: str, g: jax.Array) -> jax.Array:
-        return pipe.layout.place(g, WHOLE * (g.ndim - len(letters[path])) + letters[path])
-
-    return map_with_path(leaf, grads)
+    return map_with_path(lambda path, g: layout.place(g, WHOLE * (g.ndim - len(letters[path])) + letters[path]), grads)
 
 
-def _tick(pipe: Pipeline, carry: Carry, row: Ticks) -> Carry:
-    stages = pipe.program.stages
-    t = jax.tree.map(lambda column: column[jax.lax.axis_index(AXIS)], row)
-    ops = [_settled(pipe, functools.partial(op, pipe, t)) for op in (_idle, _forward, _backward, _weights)]
-    carry, payload = jax.lax.switch(t.op, ops, carry)
-    forward = [(s, (s + 1) % stages) for s in range(stages)]
-    backward = [(s, (s - 1) % stages) for s in range(stages)]
-    arrivals = {
-        "left": jax.lax.ppermute(payload, AXIS, forward),
-        "right": jax.lax.ppermute(payload, AXIS, backward),
-        "local": payload,
-    }
-    return carry._replace(buffers=_place(pipe, _store(pipe, carry.buffers, arrivals, t)))
+def _place_buffers(pipe: Pipeline, buffers: Buffers) -> Buffers:
+    """Fixes how buffers lie over context and tensor. What products save is told by its shape, [row, n, ...] of a product's; time is whole over tensor."""
+    known = pipe.products.letters_by_shape
+
+    def leaf(x: jax.Array) -> jax.Array:
+        if x.shape[1:] == activation_shape(pipe).shape:
+            return pipe.layout.place(x, WHOLE + "BTD")
+        letters = known.get(x.shape[2:])
+        return pipe.layout.place(x, WHOLE * x.ndim if letters is None else WHOLE * 2 + letters.replace("T", "S"))
+
+    place = pipe.layout.place
+    return Buffers(
+        place(buffers.activation, WHOLE + "BTD"),
+        place(buffers.gradient, WHOLE + "BTD"),
+        jax.tree.map(leaf, buffers.stash),
+        jax.tree.map(leaf, buffers.pending),
+    )
 
 
 def _store(pipe: Pipeline, buffers: Buffers, arrivals: dict[str, jax.Array], t: Ticks) -> Buffers:
@@ -220,135 +245,35 @@ def _store(pipe: Pipeline, buffers: Buffers, arrivals: dict[str, jax.Array], t: 
         kinds = getattr(pipe.program.ticks, f"{side}_buffer")
         buffer, slot = getattr(t, f"{side}_buffer"), getattr(t, f"{side}_slot")
         if (kinds == ACTIVATION).any():
-            activation = _put(activation, jnp.where(buffer == ACTIVATION, slot, -1), payload)
+            activation = put(activation, jnp.where(buffer == ACTIVATION, slot, -1), payload)
         if (kinds == GRADIENT).any():
-            gradient = _put(gradient, jnp.where(buffer == GRADIENT, slot, -1), payload[..., : pipe.width])
+            gradient = put(gradient, jnp.where(buffer == GRADIENT, slot, -1), payload[..., : pipe.width])
     return buffers._replace(activation=activation, gradient=gradient)
 
 
-def _put(buffer: jax.Array, row: jax.Array, x: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(buffer, x.astype(buffer.dtype), row, 0)
+def put(buffers: Any, row: Any, values: Any) -> Any:
+    """Writes row `row` of every array."""
+    write = jax.lax.dynamic_update_index_in_dim
+    return jax.tree.map(lambda buffer, x: write(buffer, x.astype(buffer.dtype), row, 0), buffers, values)
 
 
-def _pick(tree: Any, row: jax.Array) -> Any:
+def pick(tree: Any, row: Any) -> Any:
     """Row `row` of every array."""
     return jax.tree.map(lambda x: x[0] if x.shape[0] == 1 else jax.lax.dynamic_index_in_dim(x, row, 0, False), tree)
 
 
-def _add(total: Any, row: jax.Array, more: Any) -> Any:
-    """Adds to row `row` of those arrays that `more` has."""
-    flat = flatten(total)
-    for path, x in flatten(more).items():
-        old = flat[path]
-        flat[path] = old.at[0 if old.shape[0] == 1 else row].add(x.astype(old.dtype))
-    return unflatten(flat)
+def embed(member: Member, embedding: Any, batch: Batch) -> jax.Array:
+    """What enters a model's first slice."""
+    model = member.model
+    table = cast_floating(embedding, model.compute_dtype)["table"]
+    return embed_tokens(table, batch, model.make_ops(plain_einsum)({}).ops, model.compute_dtype)
 
 
-def _idle(pipe: Pipeline, t: Ticks, carry: Carry) -> tuple[Carry, jax.Array]:
-    payload = jnp.zeros_like(carry.buffers.stash[0])
-    return carry._replace(counts=carry.counts._replace(idle=carry.counts.idle + 1)), payload
-
-
-def _forward(pipe: Pipeline, t: Ticks, carry: Carry) -> tuple[Carry, jax.Array]:
-    batch, buffers = _pick(pipe.batch, t.microbatch), carry.buffers
-
-    def embed() -> jax.Array:
-        x = _join(pipe, *(_embed(pipe, m, m.share.outer["embed"], batch) for m in _members(pipe)))
-        return pipe.layout.place(x, "BTD")
-
-    def received() -> jax.Array:
-        return pipe.layout.place(_pick(buffers.activation, t.activation), "BTD")
-
-    x = jax.lax.cond(t.is_first == 1, embed, received)
-    xs = _split(pipe, x)
-    ys = [
-        forward_slice(m.model, _pick(m.share.chunks, t.chunk), x, batch)
-        for m, x in zip(_members(pipe), xs, strict=True)
-    ]
-    live = carry.counts.live + 1
-    counts = carry.counts._replace(live=live, peak=jnp.maximum(carry.counts.peak, live))
-    stash = _put(buffers.stash, t.stash, x)
-    return carry._replace(buffers=buffers._replace(stash=stash), counts=counts), _join(pipe, *ys)
-
-
-def _backward(pipe: Pipeline, t: Ticks, carry: Carry) -> tuple[Carry, jax.Array]:
-    batch, buffers, share = _pick(pipe.batch, t.microbatch), carry.buffers, pipe.student.share
-    stashed = _pick(buffers.stash, t.stash)
-    x = _split(pipe, stashed)[0]
-    y, backward = tapped_slice(pipe.student.model, pipe.products, _pick(share.chunks, t.chunk), x, batch)
-
-    place = pipe.layout.place
-    settle = functools.partial(_place_gradients, pipe, specs=param_specs(pipe.student.model.cfg))
-
-    def last(d_outer: Any, sums: Sums) -> Any:
-        loss = functools.partial(_loss, pipe, t.chunk, stashed, batch=batch)
-        (d_y, d_more), more = jax.grad(loss, argnums=(0, 1), has_aux=True)(y, share.outer)
-        return place(d_y, "BTD"), settle(_sum(d_outer, d_more)), _sum(sums, more)
-
-    def received(d_outer: Any, sums: Sums) -> Any:
-        return place(_pick(buffers.gradient, t.gradient), "BTD"), settle(d_outer), sums
-
-    d_y, d_outer, sums = jax.lax.cond(t.is_last == 1, last, received, carry.d_outer, carry.sums)
-    d_x, d_others, saved = backward(d_y)
-
-    def embedded(d_outer: Any) -> Any:
-        _, pull = jax.vjp(lambda e: _embed(pipe, pipe.student, e, batch), share.outer["embed"])
-        return settle({**d_outer, "embed": _sum(d_outer["embed"], pull(d_x)[0])})
-
-    d_outer = jax.lax.cond(t.is_first == 1, embedded, settle, d_outer)
-    pending = jax.tree.map(lambda buffer, x: _put(buffer, t.pending, x), buffers.pending, saved)
-    return carry._replace(
-        buffers=buffers._replace(pending=pending),
-        d_blocks=_add(carry.d_blocks, t.chunk, d_others),
-        d_outer=d_outer,
-        sums=sums,
-    ), _join(pipe, d_x)
-
-
-def _weights(pipe: Pipeline, t: Ticks, carry: Carry) -> tuple[Carry, jax.Array]:
-    model, chunk = pipe.student.model, _pick(pipe.student.share.chunks, t.chunk)
-    saved = _pick(carry.buffers.pending, t.pending)
-    grads = weight_gradients(model, pipe.products, chunk, saved, _pick(pipe.batch, t.microbatch))
-    counts = carry.counts._replace(live=carry.counts.live - 1)
-    carry = carry._replace(d_blocks=_add(carry.d_blocks, t.chunk, grads), counts=counts)
-    return carry, jnp.zeros_like(carry.buffers.stash[0])
-
-
-def _members(pipe: Pipeline) -> list[Member]:
-    return [pipe.student] if pipe.teacher is None else [pipe.student, pipe.teacher]
-
-
-def _join(pipe: Pipeline, *parts: jax.Array) -> jax.Array:
-    """Activations of the student, and of the teacher or zeros, beside each other."""
-    if pipe.teacher is None:
-        return parts[0]
-    if len(parts) == 1:
-        parts = (*parts, jnp.zeros((*parts[0].shape[:-1], pipe.teacher.model.cfg.width), parts[0].dtype))
-    return jnp.concatenate(parts, -1)
-
-
-def _split(pipe: Pipeline, x: jax.Array) -> list[jax.Array]:
-    return [x] if pipe.teacher is None else [x[..., : pipe.width], x[..., pipe.width :]]
-
-
-def _sum(total: Any, more: Any) -> Any:
-    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, more)
-
-
-def _embed(pipe: Pipeline, member: Member, embed: Any, batch: Batch) -> jax.Array:
-    table = cast_floating(embed, member.model.compute_dtype)["table"]
-    return embed_tokens(table, batch, member.model.make_ops(plain_einsum)({}).ops, member.model.compute_dtype)
-
-
-def _loss(
-    pipe: Pipeline, chunk: jax.Array, stashed: jax.Array, y_BTD: jax.Array, outer: Any, batch: Batch
-) -> tuple[jax.Array, Sums]:
-    """The objective of a microbatch from the output of the student's last slice and what entered it."""
+def last_loss(pipe: Pipeline, y_BTD: jax.Array, teacher_BTD: list[jax.Array], outer: Any, batch: Batch) -> Any:
+    """The objective and sums of a microbatch from what leaves the last slices; `outer` is the student's."""
     teacher = None
     if pipe.teacher is not None:
-        model, share = pipe.teacher
-        y = forward_slice(model, _pick(share.chunks, chunk), _split(pipe, stashed)[1], batch)
-        teacher = jax.lax.stop_gradient(_output(pipe.teacher, y, share.outer))
+        teacher = jax.lax.stop_gradient(_output(pipe.teacher, teacher_BTD[0], pipe.teacher.share.outer))
     return pipe.loss(_output(pipe.student, y_BTD, outer), teacher, batch)
 
 

@@ -1,8 +1,8 @@
 """One slice of a model as the three passes of a pipeline: F (forward), B (gradients of its input) and W (gradients of its weights).
 
 Automatic differentiation makes both gradients at once. Here they come apart at the seam, where every product of activations and weights passes: B adds a
-zero *tap* to each product's output and differentiates by the taps, which gives the cotangent of every product without touching a weight; W then multiplies the
-products' inputs with these cotangents. F, B and W have equally many products, and nothing is computed twice but what B needs of F, from the slice's input.
+zero *tap* to each product's output and differentiates by the taps, which gives the cotangent of every product without touching a weight; W then
+multiplies the products' inputs with these cotangents. F, B and W have equally many products each.
 """
 
 from collections.abc import Callable
@@ -47,10 +47,10 @@ class Slice(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What W needs of a B, every array [n, ...]: the inputs of the products, and the cotangents of their outputs, by site."""
+    """What F can leave for B and W, every array [n, ...]: residuals of the layers without their weights, and inputs of the products by site."""
 
+    residuals: list[Any]
     inputs: Arrays
-    cotangents: Arrays
 
 
 class Products(NamedTuple):
@@ -59,12 +59,23 @@ class Products(NamedTuple):
     outputs: shapes of their outputs by site. letters: of these outputs.
     origin:  the site under which the input of each site is saved: sites that multiply the same array save it once.
     inputs:  letters of what is saved.
+    saved:   shapes of what one layer saves.
+    pull:    structure of a layer's pull (`jax.vjp`); leaves: for each of its leaves the place among what is known anyway, or None.
     """
 
     outputs: dict[str, jax.ShapeDtypeStruct]
     letters: dict[str, str]
     origin: dict[str, str]
     inputs: dict[str, str]
+    saved: Any = None
+    pull: Any = None
+    leaves: tuple[int | None, ...] = ()
+
+    @property
+    def letters_by_shape(self) -> dict[tuple[int, ...], str]:
+        """Letters of what a layer saves, as far as its shape tells: that of a product's input or output."""
+        inputs = {self.saved.inputs[site].shape: letters for site, letters in self.inputs.items()}
+        return inputs | {self.outputs[site].shape: letters for site, letters in self.letters.items()}
 
 
 def run_layer(model: SliceModel, layer: Slice, x_BTD: jax.Array, batch: Batch, product: Einsum) -> jax.Array:
@@ -104,7 +115,23 @@ def products_of(model: SliceModel, layer: Slice, x_BTD: Any, batch: Any) -> Prod
 
     outputs = jax.eval_shape(run, layer, x_BTD, batch)
     letters = {site: out for site, (_, _, out) in equations.items()}
-    return Products(outputs, letters, origin, {first: equations[first][0] for first in origin.values()})
+    found = Products(outputs, letters, origin, {first: equations[first][0] for first in origin.values()})
+    return _with_pull(model, found, layer, x_BTD, batch)
+
+
+def _with_pull(model: SliceModel, products: Products, layer: Slice, x_BTD: Any, batch: Any) -> Products:
+    """Adds what is known of a layer's pull."""
+    found: dict[str, Any] = {}
+
+    def run(layer: Slice, x: jax.Array, batch: Batch) -> Saved:
+        layer = _cast(model, layer)
+        known = _known(layer, batch)
+        _, (leaves, pull), inputs = _differentiate(model, products, layer, x, batch)
+        places = [next((i for i, other in enumerate(known) if other is leaf), None) for leaf in leaves]
+        found.update(pull=pull, leaves=tuple(places))
+        return Saved([leaf for leaf, place in zip(leaves, places, strict=True) if place is None], inputs)
+
+    return products._replace(saved=jax.eval_shape(run, layer, x_BTD, batch), **found)
 
 
 def split_weights(model: SliceModel, blocks: Any) -> tuple[Any, Any]:
@@ -118,39 +145,72 @@ def _join(matrices: Any, others: Any) -> Any:
     return unflatten({**flatten(matrices), **flatten(others)})
 
 
-def tapped_slice(
+def save_slice(
     model: SliceModel, products: Products, piece: Slice, x_BTD: jax.Array, batch: Batch
-) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, Any, Saved]]]:
-    """The slice's output, and B: from the cotangent of the output, that of the input, gradients of the small weights, and what W needs."""
-    matrices, others = split_weights(model, piece.blocks)
-    matrices = jax.lax.stop_gradient(matrices)
+) -> tuple[jax.Array, Saved]:
+    """F that keeps what B and W need: the slice's output, and the residuals and products' inputs of every layer."""
 
-    def step(x: jax.Array, layer: Any) -> tuple[jax.Array, Arrays]:
-        own, others, taps = layer
-        kept: Arrays = {}
+    def step(x: jax.Array, layer: Slice) -> tuple[jax.Array, Any]:
+        y, (leaves, _), inputs = _differentiate(model, products, layer, x, batch)
+        known = _known(layer, batch)
+        return y, Saved([leaf for leaf in leaves if not _among(leaf, known)], inputs)
 
-        def product(equation: str, x: jax.Array, w: Any, *, site: str) -> jax.Array:
-            kept.setdefault(products.origin[site], x)
-            return plain_einsum(equation, x, w) + taps[site]
+    return jax.lax.scan(step, x_BTD, _cast(model, piece))
 
-        own = own._replace(blocks=_join(own.blocks, others))
-        return run_layer(model, own, x, batch, product), kept
+
+def pull_slice(
+    model: SliceModel, products: Products, piece: Slice, saved: Saved, batch: Batch, d_y_BTD: jax.Array
+) -> tuple[jax.Array, Any, Arrays]:
+    """B: from the cotangent of the slice's output, that of its input, gradients of the small weights, and the cotangents of the products."""
+
+    def step(d_y: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        own, kept = layer
+        known, stored = _known(own, batch), iter(kept)
+        leaves = [next(stored) if index is None else known[index] for index in products.leaves]
+        d_x, d_others, d_taps = jax.tree.unflatten(products.pull, leaves)(d_y)
+        return d_x, (d_others, d_taps)
+
+    d_x_BTD, (d_others, d_taps) = jax.lax.scan(step, d_y_BTD, (_cast(model, piece), saved.residuals), reverse=True)
+    return d_x_BTD, d_others, d_taps
+
+
+def _differentiate(model: SliceModel, products: Products, layer: Slice, x_BTD: jax.Array, batch: Batch) -> Any:
+    """(output, flattened pull, inputs of products) of a layer whose weights are cast already.
+
+    The pull takes the output's cotangent to those of the layer's input, of its small weights, and of the taps.
+    """
+    matrices, others = split_weights(model, layer.blocks)
 
     def run(x: jax.Array, others: Any, taps: Arrays) -> tuple[jax.Array, Arrays]:
-        return jax.lax.scan(remat_policy(model.remat)(step), x, (piece._replace(blocks=matrices), others, taps))
+        inputs: Arrays = {}
 
-    count = jax.tree.leaves(others)[0].shape[0]
-    taps = {site: jnp.zeros((count, *out.shape), out.dtype) for site, out in products.outputs.items()}
-    y_BTD, pull, kept = jax.vjp(run, x_BTD, others, taps, has_aux=True)
+        def product(equation: str, x: jax.Array, w: Any, *, site: str) -> jax.Array:
+            inputs.setdefault(products.origin[site], x)
+            return plain_einsum(equation, x, w) + taps[site]
 
-    def backward(d_y_BTD: jax.Array) -> tuple[jax.Array, Any, Saved]:
-        d_x_BTD, d_others, d_taps = pull(d_y_BTD)
-        return d_x_BTD, d_others, Saved(jax.lax.stop_gradient(kept), d_taps)
+        return run_layer(model, layer._replace(blocks=_join(matrices, others)), x, batch, product), inputs
 
-    return y_BTD, backward
+    taps = {site: jnp.zeros(out.shape, out.dtype) for site, out in products.outputs.items()}
+    y_BTD, pull, inputs = jax.vjp(remat_policy(model.remat)(run), x_BTD, others, taps, has_aux=True)
+    return y_BTD, jax.tree.flatten(pull), inputs
 
 
-def weight_gradients(model: SliceModel, products: Products, piece: Slice, saved: Saved, batch: Batch) -> Any:
+def _cast(model: SliceModel, piece: Slice) -> Slice:
+    return piece._replace(blocks=cast_floating(piece.blocks, model.compute_dtype))
+
+
+def _known(layer: Slice, batch: Batch) -> list[Any]:
+    """What a pull may hold that needs not be stored: it is there anyway when the pull is called."""
+    return jax.tree.leaves((layer, batch))
+
+
+def _among(leaf: Any, known: list[Any]) -> bool:
+    return any(leaf is other for other in known)
+
+
+def weight_gradients(
+    model: SliceModel, products: Products, piece: Slice, inputs: Arrays, cotangents: Arrays, batch: Batch
+) -> Any:
     """W: gradients of the matrices, [n, ...].
 
     The layer is traced once more with every product taking its saved input: all but the gradients of the products is then dead code.
@@ -159,13 +219,13 @@ def weight_gradients(model: SliceModel, products: Products, piece: Slice, saved:
     shape = (*batch.tokens.shape, model.cfg.width)
 
     def step(_: None, layer: Any) -> tuple[None, Any]:
-        own, others, saved = layer
+        own, others, inputs, cotangents = layer
 
         def outputs(matrices: Any) -> Arrays:
             found: Arrays = {}
 
             def product(equation: str, x: jax.Array, w: Any, *, site: str) -> jax.Array:
-                found[site] = plain_einsum(equation, saved.inputs[products.origin[site]], w)
+                found[site] = plain_einsum(equation, inputs[products.origin[site]], w)
                 return found[site]
 
             run_layer(
@@ -177,6 +237,6 @@ def weight_gradients(model: SliceModel, products: Products, piece: Slice, saved:
             )
             return found
 
-        return None, jax.vjp(outputs, own.blocks)[1](saved.cotangents)[0]
+        return None, jax.vjp(outputs, own.blocks)[1](cotangents)[0]
 
-    return jax.lax.scan(step, None, (piece._replace(blocks=matrices), others, saved))[1]
+    return jax.lax.scan(step, None, (piece._replace(blocks=matrices), others, inputs, cotangents))[1]
