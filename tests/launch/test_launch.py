@@ -8,10 +8,12 @@ import sys
 import threading
 import time
 
+import jax
 import pytest
 
 from lmeff.core.errors import UsageError
 from lmeff.launch import Machine, Stopped, launch
+from lmeff.parallel import processes
 from lmeff.parallel.processes import VARIABLE
 
 SEAT = f"""
@@ -137,3 +139,10 @@ def test_processes_end_with_their_launcher(tmp_path):
 def test_bad_numbers_are_refused(machine, told):
     with pytest.raises(UsageError, match=told):
         _ = machine.copies
+
+
+def test_a_host_of_a_pod_that_was_not_told_is_refused(monkeypatch):
+    processes.refuse_unjoined()
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(UsageError, match=r"one of 4 of a pod, .* expected it on every host with --distributed"):
+        processes.refuse_unjoined()
