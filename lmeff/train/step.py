@@ -19,7 +19,7 @@ from lmeff.distill.objectives import Objective
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import Output, View, forward, identity_view, param_specs, substate
 from lmeff.parallel.mesh import Layout, partitions, shardings
-from lmeff.parallel.pipeline import Member, Share, run_pipeline
+from lmeff.parallel.pipeline import Counts, Member, Share, run_pipeline
 from lmeff.parallel.program import compile_schedule
 from lmeff.parallel.region import accumulated, gradient, regional, split_rows
 from lmeff.parallel.schedules import build
@@ -161,7 +161,7 @@ def gradients(
         cuts = (*(partitions(x, rt.specs, rt.layout) for x in (trainable, auxiliary)), frozen_partitions(rt, frozen))
         local = functools.partial(accumulated, loss_fn, rt.accumulate)
         if "pipe" in axes:
-            local = functools.partial(pipelined_gradients, rt)
+            local = lambda *given: pipelined_gradients(rt, *given)[:2]  # noqa: E731
         run = regional(local, rt.layout, axes, cuts)
     grads, sums = run(trainable, auxiliary, batch, (frozen, scale / total))
     return grads, {name: value / total for name, value in sums.items()}
@@ -169,8 +169,8 @@ def gradients(
 
 def pipelined_gradients(
     rt: Runtime, layout: Layout, trainable: Trainable, auxiliary: Any, batch: Batch, given: tuple[Frozen, Any]
-) -> tuple[Trainable, Metrics]:
-    """Gradients and sums of the rows of a group from this stage of the pipeline, inside a region.
+) -> tuple[Trainable, Metrics, Counts]:
+    """Gradients and sums of the rows of a group from this stage of the pipeline, and what the stage counted; inside a region.
 
     Weights are seen by the compression once a step. The pipeline differentiates by what is seen, and one pull takes that back to what is trained.
     """
@@ -198,10 +198,10 @@ def pipelined_gradients(
     pieces = split_rows(batch, rt.accumulate)
     stash = STASHES[plan.stash]
     program = compile_schedule(schedule, stash.until)
-    d_blocks, d_outer, sums, _ = run_pipeline(program, stash, layout, student, teacher, loss, pieces)
+    d_blocks, d_outer, sums, counts = run_pipeline(program, stash, layout, student, teacher, loss, pieces)
     grads = {"blocks": d_blocks, **d_outer}
     grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, shown)
-    return pull(grads)[0], sums
+    return pull(grads)[0], sums, counts
 
 
 def staged(model: Model, schedule: Schedule, params: Any) -> Any:
