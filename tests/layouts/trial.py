@@ -33,6 +33,10 @@ MODELS = {
     "grouped": ModelConfig(vocab=96, width=64, layers=2, heads=8, kv_heads=4, ffn=128, tied=False),
     "tied": ModelConfig(vocab=96, width=64, layers=2, heads=8, kv_heads=8, ffn=128, qk_norm=True, logit_softcap=20.0),
     "uneven": ModelConfig(vocab=96, width=32, layers=5, heads=4, kv_heads=2, ffn=64),
+    "experts": ModelConfig(vocab=96, width=64, layers=2, heads=4, kv_heads=2, ffn=32, moe=MoE(experts=8, shared=1)),
+    "capacity": ModelConfig(
+        vocab=96, width=64, layers=2, heads=4, kv_heads=2, ffn=32, moe=MoE(experts=8, capacity=1.0, normalize=False)
+    ),
     "four": ModelConfig(vocab=96, width=32, layers=4, heads=4, kv_heads=2, ffn=64),
     "moe": ModelConfig(
         vocab=96, width=32, layers=4, heads=4, kv_heads=2, ffn=32, tied=False, moe=MoE(experts=4, shared=1)

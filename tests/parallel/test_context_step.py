@@ -17,13 +17,13 @@ STEPS = {
     "ring-context4-tensor2-remat": ("plain", SEQUENCE_PARALLEL),
     "ring-data2-context2-tensor2-accumulated": ("teacher", Mesh(data=2, context=2, tensor=2, accumulate=2)),
     "ring-fsdp2-context4-names": ("weights", Mesh(fsdp=2, context=4, remat="names")),
-    "gather-context8": ("plain", Mesh(context=8, sequence="gather")),
-    "gather-fsdp2-context4-accumulated": ("mask", Mesh(fsdp=2, context=4, accumulate=2, sequence="gather")),
+    "gather-context8": ("mask", Mesh(context=8, sequence="gather")),
+    "gather-fsdp2-context4-accumulated": ("plain", Mesh(fsdp=2, context=4, accumulate=2, sequence="gather")),
     "gather-context4-tensor2": ("all", Mesh(context=4, tensor=2, sequence="gather")),
     "gather-pipe2-context4": ("plain", Mesh(pipe=2, context=4, accumulate=4, sequence="gather")),
     "ulysses-context8-remat": ("plain", Mesh(context=8, sequence="ulysses", remat="full")),
-    "ulysses-data2-context2-tensor2": ("all", Mesh(data=2, context=2, tensor=2, sequence="ulysses", model="tied")),
-    "ulysses-fsdp2-context4-accumulated": ("plain", Mesh(fsdp=2, context=4, accumulate=2, sequence="ulysses")),
+    "ulysses-data2-context2-tensor2": ("plain", Mesh(data=2, context=2, tensor=2, sequence="ulysses")),
+    "ulysses-fsdp2-context4-accumulated": ("all", Mesh(fsdp=2, context=4, accumulate=2, sequence="ulysses")),
 }
 FAST = {
     "ring-context4-tensor2-remat",
@@ -84,15 +84,16 @@ def test_over_context_only_keys_and_sums_move():
 
 
 def test_a_layer_of_a_step_moves_what_the_formula_says():
-    """Full remat runs each layer's forward pass twice."""
+    """Full remat runs each layer's forward pass twice; the second one's first send is also the first of the backward pass, and XLA does it once."""
     mesh = SEQUENCE_PARALLEL
     cfg = MODELS[mesh.model]
     keys = 2 * ROWS * (TOKENS // 4) * (cfg.kv_heads // 2) * cfg.head_size * 4
     moved = received(run(mesh, "plain").text)
-    assert moved["collective-permute", "f32"] == cfg.layers * 3 * (2 * keys + 2 * keys)
+    forward, backward = 3 * keys, 3 * keys + 3 * keys
+    assert moved["collective-permute", "f32"] == cfg.layers * (2 * forward + backward - keys)
 
 
-@pytest.mark.parametrize("sequence", ["ring", "ulysses"])
+@pytest.mark.parametrize("sequence", ["ring", pytest.param("ulysses", marks=pytest.mark.slow)])
 def test_token_losses_come_back_in_the_order_of_the_row(sequence):
     losses = {}
     for mesh in (Mesh(), Mesh(data=2, context=4, sequence=sequence)):
