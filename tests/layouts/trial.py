@@ -34,6 +34,7 @@ MODELS = {
     "tied": ModelConfig(vocab=96, width=64, layers=2, heads=8, kv_heads=8, ffn=128, qk_norm=True, logit_softcap=20.0),
     "uneven": ModelConfig(vocab=96, width=32, layers=5, heads=4, kv_heads=2, ffn=64),
     "four": ModelConfig(vocab=96, width=32, layers=4, heads=4, kv_heads=2, ffn=64),
+    "six": ModelConfig(vocab=96, width=32, layers=6, heads=4, kv_heads=4, ffn=64, tied=False),
     "deep": ModelConfig(vocab=96, width=32, layers=16, heads=4, kv_heads=4, ffn=128),
 }
 TEACHER = ModelConfig(vocab=96, width=32, layers=2, heads=8, kv_heads=8, ffn=64, tied=False)
@@ -55,6 +56,7 @@ FEATURES = {
     "plain": Feature(),
     "weights": Feature(compress=(LSQ,)),
     "mask": Feature(compress=(Prune(pattern="2:4"),)),
+    "learned": Feature(compress=(Prune(pattern="2:4"), LSQ)),
     "teacher": Feature(distill=KD),
     "all": Feature(compress=(Prune(sparsity=0.5, scope="global"), INT8), distill=KD),
     "activations": Feature(compress=(INT8,), activations=Activations()),
