@@ -33,7 +33,18 @@ RECIPE = """
 """
 MESHES = {
     "pipe-fsdp-tensor": ["--mesh.pipe", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2, "--train.accumulate", 2],
-    "context-pipe-data": ["--mesh.context", 2, "--mesh.pipe", 2, "--mesh.schedule", "zb-h1", "--train.accumulate", 2],
+    "context-pipe-data": [
+        "--mesh.context",
+        2,
+        "--mesh.sequence",
+        "gather",
+        "--mesh.pipe",
+        2,
+        "--mesh.schedule",
+        "zb-h1",
+        "--train.accumulate",
+        2,
+    ],
     "expert-dcn-data": ["--mesh.expert", 2, "--mesh.dcn", 2],
 }
 ROUNDED = {"integers"}  # activations: a sum that differs in its last bit may round to the next code
