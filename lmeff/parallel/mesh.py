@@ -58,7 +58,8 @@ class MeshPlan:
     context: parts of the sequence.
     tensor:  parts of every matrix.
     zero:    what fsdp cuts: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also parameters (Rajbhandari et al. 2020).
-    schedule: of the pipeline, whose microbatches are those of `train.accumulate`; `chunks` are the slices of the model on a stage.
+    schedule: of the pipeline, by name or as a .csv file, whose microbatches are those of `train.accumulate`.
+    chunks:  slices of the model on a stage; None takes the schedule's own number.
     stash:   what a stage keeps of a microbatch for its backward pass: its "input", or all "residuals".
     sequence: how attention works over `context`: "ring" (keys go round), "gather" (keys are gathered) or "ulysses" (heads against tokens).
     """

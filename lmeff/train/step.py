@@ -19,11 +19,12 @@ from lmeff.distill.objectives import Objective
 from lmeff.models.config import ModelConfig
 from lmeff.models.moe import auxiliary as routing_loss
 from lmeff.models.transformer import Output, View, forward, identity_view, param_specs, substate
+from lmeff.parallel.layers import layer_scan
 from lmeff.parallel.mesh import Layout, partitions, shardings
 from lmeff.parallel.pipeline import Counts, Losses, Member, Share, run_pipeline
 from lmeff.parallel.program import compile_schedule
 from lmeff.parallel.region import accumulated, gradient, regional, split_rows
-from lmeff.parallel.schedules import build
+from lmeff.parallel.schedules import resolve
 from lmeff.parallel.seam import layout_ops
 from lmeff.parallel.slices import Slice, SliceModel
 from lmeff.parallel.stages import layer_table, layers_present, take_layers
@@ -57,6 +58,7 @@ class Model(NamedTuple):
             ranges=ranges,
             remat=remat,
             unroll=layout.layers_at_once(remat),
+            scan=layer_scan(layout),
             compute_dtype=policy.compute,
             output_dtype=policy.output,
         )
@@ -178,7 +180,7 @@ def pipelined_gradients(
     assert rt.student.cfg.moe is None, "config.validate refuses experts in a pipeline"
     frozen, factor = given
     plan = layout.plan
-    schedule = build(plan.schedule, layout.mesh.shape["pipe"], rt.accumulate, plan.chunks)
+    schedule = resolve(plan.schedule, layout.mesh.shape["pipe"], rt.accumulate, plan.chunks)
 
     def seen(trainable: Trainable) -> Any:
         state = State(trainable.compression, auxiliary)
