@@ -32,7 +32,7 @@ from lmeff.train.loop import Job, TrainConfig, train
 from lmeff.train.optim import OptimConfig, learning_rate_at, make_optimizer
 from lmeff.train.progress import LineProgress
 from lmeff.train.state import create_state
-from lmeff.train.step import Frozen, Model, Runtime
+from lmeff.train.step import Frozen, Model, Runtime, begin
 
 CFG = PRESETS["tiny"]
 SPECS = param_specs(CFG)
@@ -94,7 +94,7 @@ def make_runtime(optim, steps, *, policy=None, mesh=None, compressed=True, **fie
 
 def make_state(rt):
     params = initialize(jax.random.key(0), SPECS, rt.policy.params)
-    return create_state(params, SPECS, rt.compression, rt.tx, rt.layout, ema=rt.ema is not None)
+    return begin(rt, create_state(params, SPECS, rt.compression, rt.tx, rt.layout, ema=rt.ema is not None))
 
 
 OPTIM = OptimConfig(ema=0.9, warmup_steps=4)
