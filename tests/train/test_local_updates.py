@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmeff.compress.base import State
 from lmeff.core.errors import ConfigError
-from lmeff.parallel.compressed import Reduce, make_reducer
+from lmeff.parallel.compressed import Reduce
 from lmeff.parallel.mesh import MeshPlan, place_batch
+from lmeff.train.evaluate import make_eval_step
 from lmeff.train.local_updates import LocalUpdates, turns
 from lmeff.train.optim import OptimConfig
 from lmeff.train.step import Frozen, make_train_step
@@ -47,7 +49,7 @@ def numbers(tree):
 def test_meeting_every_step_is_data_parallel():
     plain = make_runtime(SGD, 5, mesh=MESH, compressed=False)
     local = LocalUpdates(every=1, outer_learning_rate=1.0, outer_momentum=0.0)
-    apart = make_runtime(SGD, 5, mesh=MESH, compressed=False, local=local, steps=5)
+    apart = make_runtime(SGD, 5, mesh=MESH, compressed=False, local=local)
     found = []
     for rt in (plain, apart):
         step, state, _ = compiled(rt)
@@ -56,7 +58,7 @@ def test_meeting_every_step_is_data_parallel():
         found.append((numbers(state.final), float(metrics["loss"])))
     (want, loss), (got, own_loss) = found
     for before, a, b in zip(start, got, want, strict=True):
-        assert np.abs(b - before).max() > 1e-3
+        assert np.abs(b - before).max() > 1e-4
         assert np.abs(a - b).max() <= 1e-6
     assert own_loss == pytest.approx(loss, rel=1e-6)
 
@@ -67,7 +69,7 @@ FRAGMENTS = LocalUpdates(every=4, fragments=2)
 @functools.cache
 def streaming():
     """Two fragments, gradients within a worker in eight bits, learned scales and masks."""
-    rt = make_runtime(ADAM, 20, mesh=MESH, reducer=make_reducer(Reduce(), ()), local=FRAGMENTS, steps=20)
+    rt = make_runtime(ADAM, 20, mesh=MESH, reduce=Reduce(block=64), local=FRAGMENTS)
     return rt, *compiled(rt)
 
 
@@ -120,8 +122,11 @@ def test_workers_meet_fragment_by_fragment():
     state, metrics = steps(rt, step, state, 16, 4)
     assert seen(state) == ([True, True], [True, True]), "all after the last"
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), state.final, state.outer.trainable))
-    for x in jax.tree.leaves(state.auxiliary):
-        assert x.sharding.is_fully_replicated or x.ndim == 3, "one mask for all workers"
+    up, mask = (tree["blocks"]["mlp"]["up"] for tree in (state.outer.trainable.params, state.auxiliary))
+    size = np.abs(np.asarray(up))
+    np.testing.assert_array_equal(
+        mask.value.mask, size > 0.2 * size.mean(1, keepdims=True), "one mask, of the outer parameters"
+    )
     assert np.isfinite(float(metrics["loss"]))
 
 
@@ -135,14 +140,16 @@ def killed():
 
 @pytest.mark.parametrize(
     "fields",
-    [{"local": LocalUpdates(every=4, fragments=2)}, {"reduce": "int8"}, {"reduce": "powersgd"}],
-    ids=["local", "int8", "powersgd"],
+    [
+        {"local": FRAGMENTS, "reduce": Reduce(method="powersgd"), "compressed": False},
+        pytest.param({"local": FRAGMENTS}, marks=pytest.mark.slow),
+        pytest.param({"reduce": Reduce()}, marks=pytest.mark.slow),
+        pytest.param({"reduce": Reduce(method="powersgd")}, marks=pytest.mark.slow),
+    ],
+    ids=["local-powersgd", "local-masks", "int8-masks", "powersgd-masks"],
 )
 def test_resumed_is_bitwise_the_uninterrupted(tmp_path, fields):
-    reduce = fields.pop("reduce", None)
-    if reduce:
-        fields = {"reducer": make_reducer(Reduce(method=reduce), make_runtime(ADAM, 7).specs)}
-    rt = make_runtime(ADAM, 7, mesh=MESH, steps=7, **fields)
+    rt = make_runtime(ADAM, 7, mesh=MESH, **fields)
     config = {"rt": rt, "steps": 7, "checkpoint_every": 3}
     whole, _ = run(make_job(tmp_path / "whole", **config))
     with pytest.raises(Killed):
@@ -150,6 +157,45 @@ def test_resumed_is_bitwise_the_uninterrupted(tmp_path, fields):
     resumed, _ = run(make_job(tmp_path / "part", **config))
     assert fingerprint(resumed) == fingerprint(whole)
     assert fingerprint(resumed) != fingerprint(make_state(rt))
+
+
+LONG = 300
+TRAINED = OptimConfig(learning_rate=1e-2, warmup_steps=20)
+
+
+@functools.cache
+def final_loss(**fields):
+    """Mean loss in nats/token of the last step's model on 16 batches that no run saw, after `LONG` steps on 4 x 2 devices; and the start's."""
+    rt = make_runtime(TRAINED, LONG, mesh=MESH, compressed=False, **fields)
+    step, state, _ = compiled(rt)
+    state, _ = steps(rt, step, state, LONG)
+    return held_out(rt, state.final.params)
+
+
+def held_out(rt, params):
+    score = make_eval_step(rt.student, rt.layout, rt.policy)
+    batches = [place_batch(make_batch(10_000 + i), rt.layout) for i in range(16)]
+    return float(np.mean([score(params, State({}, {}), None, batch) for batch in batches]))
+
+
+@pytest.mark.slow
+def test_trained_with_less_synchronization_a_model_is_as_good():
+    """A language of which 5% is noise, so that no model gets to zero."""
+    exact = final_loss()
+    start = held_out(rt := make_runtime(TRAINED, LONG, mesh=MESH, compressed=False), make_state(rt).final.params)
+    found = {
+        "int8": (final_loss(reduce=Reduce()), 0.01),
+        "powersgd, rank 4": (final_loss(reduce=Reduce(method="powersgd", rank=4)), 0.01),
+        "4 workers, every 50": (final_loss(local=LocalUpdates(every=50)), 0.02),
+        "4 workers, every 50, 2 fragments": (final_loss(local=LocalUpdates(every=50, fragments=2)), 0.02),
+    }
+    print(
+        f"\nheld-out nats/token: start {start:.4f}, exact {exact:.4f}",
+        *(f"; {k} {v:.4f}" for k, (v, _) in found.items()),
+    )
+    assert exact < 0.5 * start
+    for name, (loss, within) in found.items():
+        assert loss <= (1 + within) * exact, name
 
 
 def test_config_refuses():
