@@ -114,7 +114,7 @@ def encode_activation(x: jax.Array, axes: tuple[int, ...], format: QFormat, rang
 
 def plain_einsum(equation: str, x: jax.Array, w: jax.Array, *, site: str = "") -> jax.Array:
     """A floating-point einsum with float32 accumulation, in the dtype of `x`; reverse mode only. `jax.checkpoint` knows it as "product"."""
-    if jax.sharding.get_abstract_mesh().manual_axes:
+    if jax.typeof(x).manual_axis_type != jax.typeof(w).manual_axis_type:
         # In shards a gradient may vary over axes that only the other operand varies over: zeros of each make their types alike first.
         x, w = (a + jnp.where(False, b.ravel()[0], 0).astype(a.dtype) for a, b in ((x, w), (w, x)))
     return checkpoint_name(_product(equation, x, w.astype(x.dtype)), "product")
@@ -146,19 +146,22 @@ def contracted_axes(equation: str) -> tuple[int, ...]:
     return tuple(left.index(letter) - len(left) for letter in contracted(equation))
 
 
-def make_einsum(numerics: Numerics, ranges: Ranges) -> Einsum:
-    """Floating, fake-quantized, weight-only or integer, decided by the site's format and the type of the weight."""
+def make_einsum(numerics: Numerics, ranges: Ranges, product: Einsum = plain_einsum) -> Einsum:
+    """Floating, fake-quantized, weight-only or integer, decided by the site's format and the type of the weight.
+
+    product: what multiplies floating operands in the end.
+    """
 
     def einsum(equation: str, x: jax.Array, w: Any, *, site: str) -> jax.Array:
         format = numerics.at(site)
         axes = contracted_axes(equation)
         if is_qtensor(w):
             if format is None:
-                return plain_einsum(equation, x, dequantize(w))
+                return product(equation, x, dequantize(w), site=site)
             return packed_einsum(equation, encode_activation(x, axes, format, ranges, site), w).astype(x.dtype)
         if format is not None:
             x = fake_activation(x, axes, format, ranges, site)
-        return plain_einsum(equation, x, w)
+        return product(equation, x, w, site=site)
 
     return einsum
 
@@ -182,11 +185,12 @@ def make_ops(
     attend: Callable[..., jax.Array],
     place: Callable[[jax.Array, str], jax.Array] = lambda x, letters: x,
     embed: Callable[[Any, jax.Array], jax.Array] = lookup,
+    product: Einsum = plain_einsum,
 ) -> MakeOps:
     """The plain seam: computes, records nothing."""
 
     def open_scope(ranges: Ranges) -> Scope:
-        ops = Ops(make_einsum(numerics, ranges), attend, place, embed, lambda name, x: None)
+        ops = Ops(make_einsum(numerics, ranges, product), attend, place, embed, lambda name, x: None)
         return Scope(ops, dict)
 
     return open_scope

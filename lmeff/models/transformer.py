@@ -212,23 +212,32 @@ def forward(
     """
 
     def seen(key: str) -> Any:
-        return _cast(view(params[key], substate(view_state, key)), compute_dtype)
+        return cast_floating(view(params[key], substate(view_state, key)), compute_dtype)
 
     def step(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, Records]:
         p, state, layer_ranges = layer
         scope = make_ops(layer_ranges)
-        return block(x_BTD, _cast(view(p, state), compute_dtype), batch, cfg, scope.ops), scope.close()
+        return block(x_BTD, cast_floating(view(p, state), compute_dtype), batch, cfg, scope.ops), scope.close()
 
     head_ranges = _outer_ranges(ranges)
     outer = make_ops(head_ranges)
     embed = seen("embed")
-    x_BTD = outer.ops.embed(embed["table"], batch.tokens).astype(compute_dtype)
-    x_BTD = outer.ops.place(x_BTD, "BTD")
+    x_BTD = embed_tokens(embed["table"], batch, outer.ops, compute_dtype)
     layers = (params["blocks"], substate(view_state, "blocks"), _block_ranges(ranges))
     x_BTD, records = jax.lax.scan(remat_policy(remat)(step), x_BTD, layers, unroll=min(unroll, cfg.layers))
-    hidden_BTD = normalize(x_BTD.astype(jnp.float32), seen("final_norm"), cfg).astype(output_dtype or compute_dtype)
+    hidden_BTD = last_hidden(x_BTD, seen("final_norm"), cfg, output_dtype or compute_dtype)
     head = embed["table"] if cfg.tied else seen("head")["w"]
     return Output(hidden_BTD, head, head_ranges, {**{f"blocks/{k}": v for k, v in records.items()}, **outer.close()})
+
+
+def embed_tokens(table_VD: Any, batch: Batch, ops: Ops, dtype: Any) -> jax.Array:
+    """What enters the first block, [B, T, D]."""
+    return ops.place(ops.embed(table_VD, batch.tokens).astype(dtype), "BTD")
+
+
+def last_hidden(x_BTD: jax.Array, final_norm: Tree, cfg: ModelConfig, dtype: Any) -> jax.Array:
+    """What the head sees of the last block's output, rounded once from float32."""
+    return normalize(x_BTD.astype(jnp.float32), final_norm, cfg).astype(dtype)
 
 
 def project(hidden: jax.Array, head: Any, cfg: ModelConfig, ops: Ops) -> jax.Array:
@@ -245,7 +254,7 @@ def sites(cfg: ModelConfig) -> list[str]:
     return ["attn.q", "attn.k", "attn.v", "attn.o", *mlp, "head"]
 
 
-def _cast(tree: Any, dtype: Any) -> Any:
+def cast_floating(tree: Any, dtype: Any) -> Any:
     """Floating arrays in the compute dtype; packed leaves and integers as they are."""
 
     def leaf(x: Any) -> Any:

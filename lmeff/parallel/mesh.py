@@ -56,6 +56,8 @@ class MeshPlan:
     context: parts of the sequence.
     tensor:  parts of every matrix.
     zero:    what fsdp cuts: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also parameters (Rajbhandari et al. 2020).
+    schedule: of the pipeline, whose microbatches are those of `train.accumulate`; `chunks` are the slices of the model on a stage.
+    stash:   what a stage keeps of a microbatch for its backward pass: its "input", or all "residuals".
     """
 
     dcn: int = 1
@@ -66,6 +68,9 @@ class MeshPlan:
     context: int = 1
     tensor: int = 1
     zero: int = 3
+    schedule: str = "1f1b"
+    chunks: int | None = None
+    stash: str = "input"
 
     def __post_init__(self) -> None:
         """Refuses degrees that are none."""

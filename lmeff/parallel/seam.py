@@ -7,18 +7,19 @@ import jax
 import jax.numpy as jnp
 
 from lmeff.core.numerics import is_qtensor
-from lmeff.core.ops import FLOATING, MakeOps, Numerics, lookup, make_ops
+from lmeff.core.ops import FLOATING, Einsum, MakeOps, Numerics, lookup, make_ops, plain_einsum
 from lmeff.models.attention import attention
 from lmeff.parallel.mesh import Layout
 
 
-def layout_ops(layout: Layout, numerics: Numerics = FLOATING) -> MakeOps:
+def layout_ops(layout: Layout, numerics: Numerics = FLOATING, product: Einsum = plain_einsum) -> MakeOps:
     """The seam for this layout; `FLOATING` leaves activations in floating point."""
     return make_ops(
         numerics,
         attend=functools.partial(_attend, layout),
         place=layout.place,
         embed=functools.partial(_embed, layout),
+        product=product,
     )
 
 

@@ -39,6 +39,7 @@ def compiled(rt):
 def steps(rt, step, state, count, start=0):
     for i in range(start, start + count):
         state, metrics = step(state, place_batch(make_batch(i), rt.layout), Frozen())
+        jax.block_until_ready(metrics)  # eight devices on few threads: steps that run ahead would wait for each other
     return state, metrics
 
 
