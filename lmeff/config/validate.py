@@ -29,6 +29,7 @@ def validate(experiment: Experiment, devices: int) -> dict[str, ModelConfig]:
     _check_batches(experiment, degrees)
     schedule = _schedule_of(experiment.mesh, degrees["pipe"], experiment.train.accumulate)
     check_tokens("data.sequence", experiment.mesh.sequence, experiment.data.sequence, degrees["context"])
+    _check_synchronization(experiment, degrees)
     seen: dict[str, ModelConfig] = {}
     packed: set[str] = set()
     for position, stage in enumerate(experiment.recipe):
@@ -97,6 +98,36 @@ def _check_slices(schedule: Schedule, cfg: ModelConfig, where: str) -> None:
             f"{where}: the model has {cfg.layers} layers, expected at least mesh.pipe x chunks = {schedule.stages} x {schedule.chunks}: "
             f"schedule {schedule.name} cuts it into {schedule.slices} slices. Lower mesh.pipe or mesh.chunks."
         )
+
+
+def _check_synchronization(experiment: Experiment, degrees: Mapping[str, int]) -> None:
+    reduce, local = experiment.train.reduce, experiment.train.local
+    if reduce is not None and reduce.method == "powersgd" and parse(experiment.precision).needs_loss_scale:
+        raise ConfigError(
+            f"train.reduce: got method powersgd with precision {experiment.precision}, expected no float16: what PowerSGD has not sent yet would be in "
+            "units of a loss scale that changes. Use bfloat16, or method int8."
+        )
+    if local is None:
+        return
+    if degrees[local.axis] == 1:
+        raise ConfigError(
+            f"train.local.axis: got '{local.axis}', along which the mesh has one worker, expected at least two to train apart. "
+            f"Set mesh.{local.axis}, choose the other axis, or drop train.local."
+        )
+    if local.axis == "data" and degrees["dcn"] > 1:
+        raise ConfigError(
+            f"train.local.axis: got 'data' with mesh.dcn = {degrees['dcn']}, expected 'dcn': workers that rarely meet belong along the slowest axis, "
+            "and would reduce gradients over it every step."
+        )
+    for where, optim in [
+        ("optim", experiment.optim),
+        *((f"stage '{s.name}'.optim", s.optim) for s in experiment.recipe),
+    ]:
+        if optim is not None and optim.ema is not None:
+            raise ConfigError(
+                f"{where}.ema: got {optim.ema} with train.local, expected None: the outer parameters, which the run gives, are an average of the workers "
+                "already. Drop one of them."
+            )
 
 
 def _check_stage_names(stage: Stage, seen: Mapping[str, ModelConfig], where: str) -> None:

@@ -11,7 +11,7 @@ left to it (attention, vocabulary-parallel embedding and loss, accumulated gradi
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,8 +132,8 @@ class Layout:
     manual: tuple[str, ...] = ()
 
     def within(self, axes: tuple[str, ...]) -> "Layout":
-        """The layout as seen inside a `jax.shard_map` over `axes`."""
-        return dataclasses.replace(self, manual=axes)
+        """The layout as seen inside a `jax.shard_map` over `axes`, which may itself be inside another."""
+        return dataclasses.replace(self, manual=(*self.manual, *axes))
 
     @property
     def of_optimizer(self) -> "Layout":
@@ -207,13 +207,17 @@ class Layout:
         `inputs` are letters; `outputs` letters or a pytree of them. A sum inside `fn` that is to be differentiated must be right both with and
         without JAX's checks of what varies over the mesh: inside an outer `jax.shard_map` they are off.
         """
+        return self.on_parts(fn, jax.tree.map(self.partition, tuple(inputs)), jax.tree.map(self.partition, outputs))
+
+    def on_parts(self, fn: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
+        """The same with partitions for letters; axes that are manual already are left out of them."""
         if not self._names:
             return fn
         return jax.shard_map(
             fn,
             mesh=None if self.manual else self.mesh,
-            in_specs=jax.tree.map(self.partition, tuple(inputs)),
-            out_specs=jax.tree.map(self.partition, outputs),
+            in_specs=restrict(inputs, self._names),
+            out_specs=restrict(outputs, self._names),
             axis_names=self._names,
             check_vma=not self.manual,
         )
@@ -232,6 +236,20 @@ class Layout:
     def axes(self, letters: str) -> tuple[str, ...]:
         """The axes these letters are cut over here, each once."""
         return tuple(dict.fromkeys(axis for letter in letters for axis in self._letter_axes(letter)))
+
+
+def names(entry: Any) -> tuple[str, ...]:
+    """The axes of one entry of a partition."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def restrict(cuts: Any, axes: Collection[str]) -> Any:
+    """A tree of partitions with just these axes left in them."""
+    return jax.tree.map(
+        lambda cut: P(*(tuple(a for a in names(entry) if a in axes) or None for entry in cut)),
+        cuts,
+        is_leaf=lambda x: isinstance(x, P),
+    )
 
 
 def make_layout(plan: MeshPlan, devices: Sequence[Any] | None = None) -> Layout:
