@@ -198,9 +198,14 @@ def forward(
     x_BTD, records = jax.lax.scan(remat_policy(remat)(step), x_BTD, layers, unroll=min(unroll, cfg.layers))
     hidden_BTD = last_hidden(x_BTD, seen("final_norm"), cfg, output_dtype or compute_dtype)
     head = embed["table"] if cfg.tied else seen("head")["w"]
-    sums = {name.removeprefix(KEPT): x_LB for name, x_LB in records.items() if name.startswith(KEPT)}
+    sums = kept_sums(records)
     records = {f"blocks/{name}": x for name, x in records.items() if not name.startswith(KEPT)} | outer.close()
     return Output(hidden_BTD, head, head_ranges, records, sums)
+
+
+def kept_sums(records: Records) -> Records:
+    """What layers kept for the objective, by its own name."""
+    return {name.removeprefix(KEPT): x for name, x in records.items() if name.startswith(KEPT)}
 
 
 def embed_tokens(table_VD: Any, batch: Batch, ops: Ops, dtype: Any) -> jax.Array:

@@ -17,9 +17,10 @@ from lmeff.core.precision import Policy
 from lmeff.core.tree import Tree
 from lmeff.distill.objectives import Objective
 from lmeff.models.config import ModelConfig
+from lmeff.models.moe import auxiliary as routing_loss
 from lmeff.models.transformer import Output, View, forward, identity_view, param_specs, substate
 from lmeff.parallel.mesh import Layout, partitions, shardings
-from lmeff.parallel.pipeline import Counts, Member, Share, run_pipeline
+from lmeff.parallel.pipeline import Counts, Losses, Member, Share, run_pipeline
 from lmeff.parallel.program import compile_schedule
 from lmeff.parallel.region import accumulated, gradient, regional, split_rows
 from lmeff.parallel.schedules import build
@@ -189,6 +190,12 @@ def pipelined_gradients(
         objective, sums = rt.objective(layout, student, teacher, batch)
         return objective * factor, {**sums, "objective": objective}
 
+    def layers(kept: Metrics) -> tuple[jax.Array, Metrics]:
+        if not kept:
+            return jnp.zeros(()), {}
+        routing, told = routing_loss(kept, rt.student.cfg)
+        return routing * factor, {**told, "objective": routing}
+
     shown, pull = jax.vjp(seen, trainable)
     student = member(rt.student, layout, schedule, shown, frozen.ranges, rt.policy, rt.remat)
     teacher = None
@@ -198,7 +205,9 @@ def pipelined_gradients(
     pieces = split_rows(batch, rt.accumulate)
     stash = STASHES[plan.stash]
     program = compile_schedule(schedule, stash.until)
-    d_blocks, d_outer, sums, counts = run_pipeline(program, stash, layout, student, teacher, loss, pieces)
+    d_blocks, d_outer, sums, counts = run_pipeline(
+        program, stash, layout, student, teacher, Losses(loss, layers), pieces
+    )
     grads = {"blocks": d_blocks, **d_outer}
     grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, shown)
     return pull(grads)[0], sums, counts

@@ -38,6 +38,9 @@ MODELS = {
         vocab=96, width=64, layers=2, heads=4, kv_heads=2, ffn=32, moe=MoE(experts=8, capacity=1.0, normalize=False)
     ),
     "four": ModelConfig(vocab=96, width=32, layers=4, heads=4, kv_heads=2, ffn=64),
+    "moe": ModelConfig(
+        vocab=96, width=32, layers=4, heads=4, kv_heads=2, ffn=32, tied=False, moe=MoE(experts=4, shared=1)
+    ),
     "deep": ModelConfig(vocab=96, width=32, layers=16, heads=4, kv_heads=4, ffn=128),
 }
 TEACHER = ModelConfig(vocab=96, width=32, layers=2, heads=8, kv_heads=8, ffn=64, tied=False)
@@ -80,6 +83,7 @@ class Mesh:
     schedule: str = "1f1b"
     chunks: int | None = None
     stash: str = "input"
+    sequence: str = "ring"
     accumulate: int = 1
     remat: str = "none"
     model: str = "grouped"
