@@ -153,11 +153,6 @@ def _check_shape(experiment: Experiment, stage: Stage, cfg: ModelConfig, degrees
             f"{where}: the model has a vocabulary of {cfg.vocab} and the tokenizer '{experiment.data.tokenizer}' makes {needed} ids; "
             f"expected at least as many. Set model.vocab to {needed} or more."
         )
-    if cfg.moe is not None and degrees["pipe"] > 1:
-        raise ConfigError(
-            f"{where}: mesh.pipe: got {degrees['pipe']} for a model with experts, expected 1: what routers cost is not yet added up over stages. "
-            "Cut experts over mesh.expert and weights over mesh.fsdp instead."
-        )
     problems = indivisible(param_specs(cfg), degrees)
     if problems:
         raise ConfigError(

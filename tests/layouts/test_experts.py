@@ -168,5 +168,3 @@ def test_experts_that_cannot_be_cut_are_refused():
     assert validate(config(MeshPlan(expert=4, data=2)), 8)
     with pytest.raises(ConfigError, match=r"E = 4 over expert = 8"):
         validate(config(MeshPlan(expert=8)), 8)
-    with pytest.raises(ConfigError, match=r"mesh\.pipe: got 2 for a model with experts"):
-        validate(config(MeshPlan(pipe=2, data=4)), 8)
