@@ -266,7 +266,8 @@ def _whole(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, ctx: C
 
 
 def _gather_forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, ctx: Context) -> Any:
-    return _visit(*_whole(q, k, v, segments, ctx), ctx)
+    q_UTGC, keys, own, row = _whole(q, k, v, segments, ctx)
+    return _visit(q_UTGC, keys, own, row, ctx)
 
 
 def _gather_backward(saved: Any, g: jax.Array, ctx: Context) -> Any:
