@@ -161,7 +161,7 @@ def test_resumed_is_bitwise_the_uninterrupted(tmp_path, fields):
     assert fingerprint(resumed) != fingerprint(make_state(rt))
 
 
-LONG = 300
+LONG = 1600  # with half as many, PowerSGD and the workers apart are still 2% and 6% behind
 TRAINED = OptimConfig(learning_rate=1e-2, warmup_steps=20)
 
 
@@ -185,7 +185,7 @@ def final_loss(**fields):
 
 @pytest.mark.slow
 def test_trained_with_less_synchronization_a_model_is_as_good():
-    """A language of which 5% is noise, so that no model gets to zero."""
+    """A language of which 5% is noise, so that no model gets below 0.39 nats/token."""
     exact, start = final_loss(), held_out(rt := four_devices(), make_state(rt))
     found = {
         "int8": (final_loss(reduce=Reduce()), 0.01),
