@@ -30,7 +30,7 @@ from lmeff.train.loop import Cost, Job, train
 from lmeff.train.metrics import read_metrics
 from lmeff.train.optim import OptimConfig, learning_rate_at, make_optimizer
 from lmeff.train.progress import Progress
-from lmeff.train.state import Trainable, TrainState, create_state
+from lmeff.train.state import TrainState, create_state, with_compression
 from lmeff.train.step import Frozen, Model, Runtime, begin
 
 Artifacts = Mapping[str, Artifact]
@@ -187,8 +187,7 @@ def _trained(
     rt = runtime(shop, start, optim, steps, stage.distill, teacher)
     state = create_state(start.params, rt.specs, rt.compression, rt.tx, shop.layout, ema=rt.ema is not None)
     if start.state is not None:
-        trainable = Trainable(state.trainable.params, start.state.trainable)
-        state = state._replace(trainable=trainable, auxiliary=start.state.auxiliary)
+        state = with_compression(state, start.state)
     state = begin(rt, state)
     frozen = Frozen(ranges=start.ranges)
     if teacher is not None:
