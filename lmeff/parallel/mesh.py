@@ -11,12 +11,12 @@ left to it (attention, vocabulary-parallel embedding and loss, accumulated gradi
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmeff.core.batch import Batch
@@ -194,13 +194,17 @@ class Layout:
         `inputs` are letters; `outputs` letters or a pytree of them. A sum inside `fn` that is to be differentiated must be right both with and
         without JAX's checks of what varies over the mesh: inside an outer `jax.shard_map` they are off.
         """
+        return self.on_parts(fn, jax.tree.map(self.partition, tuple(inputs)), jax.tree.map(self.partition, outputs))
+
+    def on_parts(self, fn: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
+        """The same with partitions for letters; axes that are manual already are left out of them."""
         if not self._names:
             return fn
         return jax.shard_map(
             fn,
             mesh=None if self.manual else self.mesh,
-            in_specs=jax.tree.map(self.partition, tuple(inputs)),
-            out_specs=jax.tree.map(self.partition, outputs),
+            in_specs=restrict(inputs, self._names),
+            out_specs=restrict(outputs, self._names),
             axis_names=self._names,
             check_vma=not self.manual,
         )
@@ -210,6 +214,20 @@ class Layout:
         return tuple(dict.fromkeys(axis for letter in letters for axis in self._letter_axes(letter)))
 
 
+def names(entry: Any) -> tuple[str, ...]:
+    """The axes of one entry of a partition."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def restrict(cuts: Any, axes: Collection[str]) -> Any:
+    """A tree of partitions with just these axes left in them."""
+    return jax.tree.map(
+        lambda cut: P(*(tuple(a for a in names(entry) if a in axes) or None for entry in cut)),
+        cuts,
+        is_leaf=lambda x: isinstance(x, P),
+    )
+
+
 def make_layout(plan: MeshPlan, devices: Sequence[Any] | None = None) -> Layout:
     """The layout of a plan on these devices (default: all)."""
     devices = list(devices if devices is not None else jax.devices())
@@ -217,6 +235,13 @@ def make_layout(plan: MeshPlan, devices: Sequence[Any] | None = None) -> Layout:
     mesh = jax.make_mesh(
         tuple(degrees[axis] for axis in AXES), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES)
     )
+    return Layout(mesh, plan)
+
+
+def plan_layout(plan: MeshPlan, devices: int) -> Layout:
+    """The layout of a plan on so many devices that need not exist: it knows partitions and axes, and places nothing."""
+    degrees = plan.degrees(devices)
+    mesh: Any = AbstractMesh(tuple(degrees.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     return Layout(mesh, plan)
 
 

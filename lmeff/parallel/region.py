@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from lmeff.core.batch import Batch
-from lmeff.parallel.mesh import ZERO_AXIS, Layout
+from lmeff.parallel.mesh import ZERO_AXIS, Layout, names, restrict
 
 Sums = dict[str, jax.Array]
 LossFn = Callable[[Layout, Any, Any, Batch, Any], tuple[jax.Array, Sums]]
@@ -49,21 +49,16 @@ def split_rows(batch: Batch, microbatches: int) -> Batch:
     return jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
 
 
-def _names(dim: Any) -> tuple[str, ...]:
-    """The axes of one entry of a partition."""
-    return () if dim is None else (dim,) if isinstance(dim, str) else tuple(dim)
-
-
 def _is_cut(x: Any) -> bool:
     return isinstance(x, P)
 
 
 def gather(tree: Any, cuts: Any) -> Any:
-    """Inside a region: every leaf whole over fsdp."""
+    """Inside a region, and inside what other axes still cut (`Layout.on_parts`: else XLA gathers over these as well): every leaf whole over fsdp."""
 
     def leaf(cut: P, x: jax.Array) -> jax.Array:
         for dim, axes in enumerate(cut):
-            if ZERO_AXIS in _names(axes):
+            if ZERO_AXIS in names(axes):
                 x = jax.lax.all_gather(x, ZERO_AXIS, axis=dim, tiled=True)
         return x
 
@@ -71,13 +66,13 @@ def gather(tree: Any, cuts: Any) -> Any:
 
 
 def reduce(tree: Any, cuts: Any, axes: tuple[str, ...]) -> Any:
-    """Inside a region: gradients that are whole over fsdp, summed over `axes` and cut as `cuts` say; the inverse of `gather`.
+    """In the same place: gradients that are whole over fsdp, summed over `axes` and cut as `cuts` say; the inverse of `gather`.
 
     An axis that cuts a leaf is not summed over: it has other parameters there (experts, layers), except fsdp, which gets its part of the sum.
     """
 
     def leaf(cut: P, x: jax.Array) -> jax.Array:
-        dims = {axis: dim for dim, entry in enumerate(cut) for axis in _names(entry)}
+        dims = {axis: dim for dim, entry in enumerate(cut) for axis in names(entry)}
         if ZERO_AXIS in dims and ZERO_AXIS in axes:
             x = jax.lax.psum_scatter(x, ZERO_AXIS, scatter_dimension=dims[ZERO_AXIS], tiled=True)
         left = tuple(axis for axis in axes if axis not in dims)
@@ -97,20 +92,16 @@ def regional(
     inner = layout.within(axes)
 
     def run(trainable: Any, auxiliary: Any, batch: Batch, frozen: Any) -> tuple[Any, Sums]:
-        whole = (gather(tree, cut) for tree, cut in zip((trainable, auxiliary, frozen), cuts, strict=True))
-        trainable, auxiliary, frozen = whole
+        whole = inner.on_parts(functools.partial(gather, cuts=cuts), (cuts,), cuts)
+        trainable, auxiliary, frozen = whole((trainable, auxiliary, frozen))
         grads, sums = local(inner, trainable, auxiliary, batch, frozen)
-        return reduce(grads, cuts[0], axes), jax.lax.psum(sums, axes)
+        reduced = inner.on_parts(functools.partial(reduce, cuts=cuts[0], axes=axes), (cuts[0],), cuts[0])
+        return reduced(grads), jax.lax.psum(sums, axes)
 
     if not axes:
         return functools.partial(local, layout)
-    rows = layout.partition("B")
-    own = functools.partial(
-        jax.tree.map,
-        lambda cut: P(*(tuple(a for a in _names(dim) if a in axes) or None for dim in cut)),
-        is_leaf=_is_cut,
-    )
-    inputs = (own(cuts[0]), own(cuts[1]), rows, own(cuts[2]))
+    trained, others, given = restrict(cuts, axes)
+    inputs = (trained, others, layout.partition("B"), given)
     return jax.shard_map(
-        run, mesh=layout.mesh, in_specs=inputs, out_specs=(inputs[0], P()), axis_names=set(axes), check_vma=False
+        run, mesh=layout.mesh, in_specs=inputs, out_specs=(trained, P()), axis_names=set(axes), check_vma=False
     )

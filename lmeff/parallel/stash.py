@@ -21,6 +21,7 @@ from lmeff.parallel.pipeline import (
     last_loss,
     pick,
     place_gradients,
+    place_saved,
     put,
 )
 from lmeff.parallel.program import Ticks
@@ -37,7 +38,7 @@ def forward_from_input(pipe: Pipeline, t: Ticks, carry: Carry) -> tuple[Carry, j
     """F that keeps its input."""
     x = _entering(pipe, t, carry)
     ys = [_run_forward(pipe, t, i, part) for i, part in enumerate(pipe.split(x))]
-    return _stashed(carry, t, x), pipe.join(*ys)
+    return _stashed(pipe, carry, t, x), pipe.join(*ys)
 
 
 def forward_with_residuals(pipe: Pipeline, t: Ticks, carry: Carry) -> tuple[Carry, jax.Array]:
@@ -45,7 +46,7 @@ def forward_with_residuals(pipe: Pipeline, t: Ticks, carry: Carry) -> tuple[Carr
     x, *others = pipe.split(_entering(pipe, t, carry))
     y, saved = save_slice(pipe.student.model, pipe.products, _chunk(pipe, t), x, pick(pipe.batch, t.microbatch))
     payload = pipe.join(y, *(_run_forward(pipe, t, i + 1, part) for i, part in enumerate(others)))
-    return _stashed(carry, t, (payload, saved)), payload
+    return _stashed(pipe, carry, t, (payload, saved)), payload
 
 
 def backward_from_input(pipe: Pipeline, t: Ticks, carry: Carry) -> tuple[Carry, jax.Array]:
@@ -57,7 +58,7 @@ def backward_from_input(pipe: Pipeline, t: Ticks, carry: Carry) -> tuple[Carry, 
         return [_run_forward(pipe, t, i + 1, part) for i, part in enumerate(others)]
 
     carry, payload, cotangents = _backward(pipe, t, carry, y, teachers, saved)
-    return _left_for_weights(carry, t, (saved.inputs, cotangents)), payload
+    return _left_for_weights(pipe, carry, t, (saved.inputs, cotangents)), payload
 
 
 def backward_with_residuals(pipe: Pipeline, t: Ticks, carry: Carry) -> tuple[Carry, jax.Array]:
@@ -65,7 +66,7 @@ def backward_with_residuals(pipe: Pipeline, t: Ticks, carry: Carry) -> tuple[Car
     out, saved = pick(carry.buffers.stash, t.stash)
     y, *others = pipe.split(out)
     carry, payload, cotangents = _backward(pipe, t, carry, y, lambda: others, saved)
-    return _left_for_weights(carry, t, cotangents), payload
+    return _left_for_weights(pipe, carry, t, cotangents), payload
 
 
 def weights_from_input(pipe: Pipeline, t: Ticks, carry: Carry) -> tuple[Carry, jax.Array]:
@@ -105,18 +106,19 @@ def _entering(pipe: Pipeline, t: Ticks, carry: Carry) -> jax.Array:
     def received() -> jax.Array:
         return pipe.layout.place(pick(carry.buffers.activation, t.activation), "BTD")
 
-    return jax.lax.cond(t.is_first == 1, embedded, received)
+    with jax.named_scope("embedding"):
+        return jax.lax.cond(t.is_first == 1, embedded, received)
 
 
-def _stashed(carry: Carry, t: Ticks, values: Any) -> Carry:
+def _stashed(pipe: Pipeline, carry: Carry, t: Ticks, values: Any) -> Carry:
     live = carry.counts.live + 1
     counts = carry.counts._replace(live=live, peak=jnp.maximum(carry.counts.peak, live))
-    stash = put(carry.buffers.stash, t.stash, values)
+    stash = put(carry.buffers.stash, t.stash, place_saved(pipe, values))
     return carry._replace(buffers=carry.buffers._replace(stash=stash), counts=counts)
 
 
-def _left_for_weights(carry: Carry, t: Ticks, values: Any) -> Carry:
-    pending = put(carry.buffers.pending, t.pending, values)
+def _left_for_weights(pipe: Pipeline, carry: Carry, t: Ticks, values: Any) -> Carry:
+    pending = put(carry.buffers.pending, t.pending, place_saved(pipe, values))
     return carry._replace(buffers=carry.buffers._replace(pending=pending))
 
 
@@ -134,7 +136,8 @@ def _backward(pipe: Pipeline, t: Ticks, carry: Carry, y_BTD: jax.Array, teachers
     def received(d_outer: Any, sums: Sums) -> Any:
         return place(pick(carry.buffers.gradient, t.gradient), "BTD"), settle(d_outer), sums
 
-    d_y, d_outer, sums = jax.lax.cond(t.is_last == 1, last, received, carry.d_outer, carry.sums)
+    with jax.named_scope("loss"):
+        d_y, d_outer, sums = jax.lax.cond(t.is_last == 1, last, received, carry.d_outer, carry.sums)
     model = pipe.student.model
     d_x, d_others, cotangents = pull_slice(model, pipe.products, _chunk(pipe, t), saved, batch, d_y)
 
@@ -142,7 +145,8 @@ def _backward(pipe: Pipeline, t: Ticks, carry: Carry, y_BTD: jax.Array, teachers
         _, pull = jax.vjp(lambda e: embed(pipe.student, e, batch), outer["embed"])
         return settle({**d_outer, "embed": _sum(d_outer["embed"], pull(d_x)[0])})
 
-    d_outer = jax.lax.cond(t.is_first == 1, embedded, settle, d_outer)
+    with jax.named_scope("embedding"):
+        d_outer = jax.lax.cond(t.is_first == 1, embedded, settle, d_outer)
     carry = carry._replace(d_blocks=_add(carry.d_blocks, t.chunk, d_others), d_outer=d_outer, sums=sums)
     return carry, pipe.join(d_x), cotangents
 
