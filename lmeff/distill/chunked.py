@@ -35,7 +35,10 @@ def chunked_head(
     """
     vocab_axes = () if vocab_axis is None else (vocab_axis,)
 
+    dtypes = jax.tree.map(lambda x: x.dtype, head)
+
     def row_sums(hidden: Any, head: Any, rows: Any, extras: Any) -> tuple[jax.Array, Sums]:
+        head = jax.tree.map(lambda x, dtype: x.astype(dtype), head, dtypes)
         objective, metrics = row_loss(hidden, head, rows, extras)
         return objective.sum(), jax.tree.map(jnp.sum, metrics)
 
@@ -48,27 +51,22 @@ def chunked_head(
 
         cut = pieces(hidden_ND, rows)
         shapes = jax.eval_shape(row_sums, *_first(cut, head), extras)
-        sums, _ = jax.lax.scan(add, _zeros(shapes, batch_axes), cut)
-        return _psum(sums, batch_axes)
+        return jax.lax.scan(add, _zeros(shapes, batch_axes), cut)[0]
 
     def save(hidden_ND: jax.Array, head: Any, rows: Any, extras: Any) -> Any:
-        # Summed over the mesh once at the end and not in every chunk: hence the casts before differentiating.
-        own_head = _vary(head, batch_axes)
         gradient = jax.value_and_grad(row_sums, argnums=(0, 1), has_aux=True)
 
         def add(carry: Any, piece: Any) -> tuple[Any, jax.Array]:
             sums, d_head = carry
-            chunk_sums, (d_hidden, d_chunk) = gradient(piece[0], own_head, piece[1], extras)
+            chunk_sums, (d_hidden, d_chunk) = gradient(piece[0], head, piece[1], extras)
             return (_add(sums, chunk_sums), _add(d_head, d_chunk)), d_hidden
 
         cut = pieces(hidden_ND, rows)
         shapes = jax.eval_shape(row_sums, *_first(cut, head), extras)
-        wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), head)
-        start = (_zeros(shapes, batch_axes), _zeros(wide, batch_axes + vocab_axes))
+        start = (_zeros(shapes, batch_axes), _zeros(head, batch_axes + vocab_axes))
         (sums, d_head), d_hidden = jax.lax.scan(add, start, cut)
         d_hidden = d_hidden.reshape(-1, *hidden_ND.shape[1:])[: hidden_ND.shape[0]]
-        d_head = jax.tree.map(lambda d, x: d.astype(x.dtype), _psum(d_head, batch_axes), head)
-        return _psum(sums, batch_axes), (d_hidden, d_head)
+        return sums, (d_hidden, d_head)
 
     def pull(gradients: Any, cotangent: Any) -> Any:
         scale = cotangent[0]
@@ -77,8 +75,10 @@ def chunked_head(
 
     call = jax.custom_vjp(value)
     call.defvjp(save, pull)
-    # Each part of the vocabulary gives its part of the hidden states' gradient; the cast's own gradient adds them up, once.
-    return call(_vary(hidden_ND, vocab_axes), head, rows, extras)
+    # Each part of the vocabulary gives its part of the hidden states' gradient, and each part of the rows its part of the head's, in float32; the
+    # casts' own gradients add them up, once and not in every chunk. Sums are added outside too: so it is right whether or not `jax.shard_map` checks.
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), head)
+    return _psum(call(_vary(hidden_ND, vocab_axes), _vary(wide, batch_axes), rows, extras), batch_axes)
 
 
 def map_rows(fn: Callable[[Any], jax.Array], rows: Any, *, chunk: int) -> jax.Array:

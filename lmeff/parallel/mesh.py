@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,6 +24,7 @@ from lmeff.core.batch import Batch
 from lmeff.core.errors import ConfigError
 from lmeff.core.specs import ParamSpec
 from lmeff.core.tree import Tree, flatten, owner
+from lmeff.parallel.order import CHUNKS, token_order
 
 AXES = ("dcn", "data", "fsdp", "pipe", "expert", "context", "tensor")  # outermost first
 BATCH_AXES = ("dcn", "data", "fsdp", "expert")
@@ -58,6 +60,7 @@ class MeshPlan:
     zero:    what fsdp cuts: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also parameters (Rajbhandari et al. 2020).
     schedule: of the pipeline, whose microbatches are those of `train.accumulate`; `chunks` are the slices of the model on a stage.
     stash:   what a stage keeps of a microbatch for its backward pass: its "input", or all "residuals".
+    sequence: how attention works over `context`: "ring" (keys go round), "gather" (keys are gathered) or "ulysses" (heads against tokens).
     """
 
     dcn: int = 1
@@ -71,6 +74,7 @@ class MeshPlan:
     schedule: str = "1f1b"
     chunks: int | None = None
     stash: str = "input"
+    sequence: str = "ring"
 
     def __post_init__(self) -> None:
         """Refuses degrees that are none."""
@@ -80,6 +84,14 @@ class MeshPlan:
                 raise ConfigError(f"mesh.{axis}: got {size}, expected at least 1")
         if self.zero not in (0, 1, 2, 3):
             raise ConfigError(f"mesh.zero: got {self.zero}, expected a stage of ZeRO: 0, 1, 2 or 3")
+        if self.sequence not in CHUNKS:
+            raise ConfigError(f"mesh.sequence: got '{self.sequence}', expected one of {sorted(CHUNKS)}")
+        if self.sequence == "ring" and min(self.pipe, self.context) > 1:
+            # XLA's collective permute has no groups of devices. On CPUs it then gives wrong numbers, without a word.
+            raise ConfigError(
+                f"mesh.sequence: got 'ring' on pipe {self.pipe} x context {self.context}, expected 'gather' or 'ulysses': stages of a pipeline do "
+                "different things at a time, and keys can only be sent round where all devices send. Set mesh.sequence."
+            )
 
     def degrees(self, devices: int) -> dict[str, int]:
         """The size of each axis on so many devices; raises `ConfigError` where the product does not fit."""
@@ -209,6 +221,17 @@ class Layout:
             check_vma=not self.manual,
         )
 
+    def token_order(self, tokens: int) -> np.ndarray | None:
+        """The index in the row of each token as rows lie here; None where that is their own order. Raises `ConfigError` where rows cannot be cut."""
+        devices = self.mesh.shape["context"]
+        order = token_order(self.plan.sequence, tokens, devices)
+        return None if (order == np.arange(tokens)).all() else order
+
+    def in_row_order(self, x_BT: jax.Array) -> jax.Array:
+        """A per-token result [B, T, ...] of a placed batch, in the order of the row."""
+        order = self.token_order(x_BT.shape[1])
+        return x_BT if order is None else x_BT[:, np.argsort(order)]
+
     def axes(self, letters: str) -> tuple[str, ...]:
         """The axes these letters are cut over here, each once."""
         return tuple(dict.fromkeys(axis for letter in letters for axis in self._letter_axes(letter)))
@@ -245,9 +268,37 @@ def plan_layout(plan: MeshPlan, devices: int) -> Layout:
     return Layout(mesh, plan)
 
 
-def place_batch(batch: Batch, layout: Layout) -> Batch:
-    """A host batch on the mesh: rows over the batch axes, tokens over context."""
-    return jax.device_put(batch, jax.tree.map(lambda x: layout.sharding("BS", x.shape), batch))
+def place_batch(batch: Batch, layout: Layout, total: int | None = None) -> Batch:
+    """A host batch on the mesh: rows over the batch axes, tokens over context, in the layout's order (`Layout.token_order`).
+
+    total: where `batch` holds only `own_rows(layout, total)` of a global batch of so many rows; None where it holds all of them.
+    """
+    order = layout.token_order(batch.tokens.shape[1])
+    if order is not None:
+        batch = jax.tree.map(lambda x: x[:, order], batch)
+    if not layout.mesh.is_multi_process:
+        return jax.device_put(batch, jax.tree.map(lambda x: layout.sharding("BS", x.shape), batch))
+    rows = np.arange(len(batch.tokens)) if total is None else own_rows(layout, total)
+
+    def placed(x: np.ndarray) -> jax.Array:
+        shape = (total or len(x), *x.shape[1:])
+
+        def shard(at: Any) -> np.ndarray:
+            return x[np.isin(rows, np.arange(shape[0])[at[0]]), at[1]]
+
+        return jax.make_array_from_callback(shape, layout.sharding("BS", shape), shard)
+
+    return jax.tree.map(placed, batch)
+
+
+def own_rows(layout: Layout, total: int, devices: Sequence[Any] | None = None) -> np.ndarray:
+    """The rows of a global batch of `total` that these devices hold (default: those of this process), ascending.
+
+    Processes share rows where an axis that does not cut them goes across processes.
+    """
+    here = set(layout.mesh.local_devices if devices is None else devices)
+    held = layout.sharding("B" + WHOLE, (total, 1)).devices_indices_map((total, 1))
+    return np.unique(np.concatenate([np.arange(total)[at[0]] for device, at in held.items() if device in here]))
 
 
 def parameter_shardings(specs: Tree, layout: Layout) -> dict[str, NamedSharding]:

@@ -44,18 +44,29 @@ class Member(NamedTuple):
     share: Share
 
 
+class Losses(NamedTuple):
+    """What a pipeline minimizes, each `-> (objective, sums)`.
+
+    last:   `(student output, teacher output, microbatch)`, after the last slice.
+    layers: `{name: [n, B]}`, linear in what layers kept for the objective; it is part of the sum on every stage.
+    """
+
+    last: Callable[[Output, Output | None, Batch], tuple[jax.Array, Sums]]
+    layers: Callable[[Sums], tuple[jax.Array, Sums]]
+
+
 class Pipeline(NamedTuple):
     """What does not change from tick to tick.
 
-    loss:  `(student output, teacher output, microbatch) -> (objective, sums)`.
-    batch: [m, rows, T].
+    losses: what is minimized.
+    batch:  [m, rows, T].
     """
 
     program: Program
     layout: Layout
     student: Member
     teacher: Member | None
-    loss: Callable[[Output, Output | None, Batch], tuple[jax.Array, Sums]]
+    losses: Losses
     batch: Batch
     products: Products
 
@@ -132,7 +143,7 @@ def run_pipeline(
     layout: Layout,
     student: Member,
     teacher: Member | None,
-    loss: Callable[[Output, Output | None, Batch], tuple[jax.Array, Sums]],
+    losses: Losses,
     batch: Batch,
 ) -> tuple[Any, Any, Sums, Counts]:
     """Gradients of this stage's layers [v, n, ...] and of the outer parameters, sums, and counts; `batch` is [m, rows, T].
@@ -141,7 +152,7 @@ def run_pipeline(
     """
     x = jax.ShapeDtypeStruct((*batch.tokens.shape[1:], student.model.cfg.width), student.model.compute_dtype)
     products = products_of(student.model, _shapes(student.share.chunks, 2), x, _shapes(batch, 1))
-    pipe = Pipeline(program, layout, student, teacher, loss, batch, products)
+    pipe = Pipeline(program, layout, student, teacher, losses, batch, products)
     tick = functools.partial(_tick, pipe, stash)
     carry, _ = jax.lax.scan(
         lambda c, t: (tick(c, t), None), _start(pipe, stash), jax.tree.map(jnp.asarray, program.ticks)
@@ -168,7 +179,7 @@ def _start(pipe: Pipeline, stash: Stash) -> Carry:
         y, *others = pipe.split(x)
         return last_loss(pipe, y, others, share.outer, jax.tree.map(lambda a: a[0], pipe.batch))
 
-    _, sums = jax.eval_shape(loss, x)
+    sums = jax.eval_shape(loss, x)[1] | jax.eval_shape(pipe.losses.layers, pipe.products.sums)[1]
     zero = jnp.int32(0)
     grads = (_zeros(share.chunks.blocks), _zeros(share.outer))
     return Carry(_place_buffers(pipe, buffers), *grads, _zeros(sums), Counts(zero, zero, zero))
@@ -293,7 +304,7 @@ def last_loss(pipe: Pipeline, y_BTD: jax.Array, teacher_BTD: list[jax.Array], ou
     teacher = None
     if pipe.teacher is not None:
         teacher = jax.lax.stop_gradient(_output(pipe.teacher, teacher_BTD[0], pipe.teacher.share.outer))
-    return pipe.loss(_output(pipe.student, y_BTD, outer), teacher, batch)
+    return pipe.losses.last(_output(pipe.student, y_BTD, outer), teacher, batch)
 
 
 def _output(member: Member, y_BTD: jax.Array, outer: Any) -> Output:

@@ -16,7 +16,7 @@ from lmeff.core.dims import split_einsum
 from lmeff.core.ops import Einsum, MakeOps, plain_einsum
 from lmeff.core.tree import flatten, select, unflatten
 from lmeff.models.config import ModelConfig
-from lmeff.models.transformer import block, cast_floating, param_specs, remat_policy
+from lmeff.models.transformer import block, cast_floating, kept_sums, param_specs, remat_policy
 
 Arrays = dict[str, jax.Array]
 
@@ -59,7 +59,7 @@ class Products(NamedTuple):
     outputs: shapes of their outputs by site. letters: of these outputs.
     origin:  the site under which the input of each site is saved: sites that multiply the same array save it once.
     inputs:  letters of what is saved.
-    saved:   shapes of what one layer saves.
+    saved:   shapes of what one layer saves. sums: of what it keeps for the objective.
     pull:    structure of a layer's pull (`jax.vjp`); leaves: for each of its leaves the place among what is known anyway, or None.
     """
 
@@ -68,6 +68,7 @@ class Products(NamedTuple):
     origin: dict[str, str]
     inputs: dict[str, str]
     saved: Any = None
+    sums: Any = None
     pull: Any = None
     leaves: tuple[int | None, ...] = ()
 
@@ -78,20 +79,31 @@ class Products(NamedTuple):
         return inputs | {self.outputs[site].shape: letters for site, letters in self.letters.items()}
 
 
-def run_layer(model: SliceModel, layer: Slice, x_BTD: jax.Array, batch: Batch, product: Einsum) -> jax.Array:
-    """One layer, with every product computed by `product`; padding lets its input through."""
+class Out(NamedTuple):
+    """What a layer or a slice gives: its activations, and what its layers kept for the objective, [B] or [n, B] by name."""
+
+    y_BTD: jax.Array
+    sums: Arrays
+
+
+def run_layer(model: SliceModel, layer: Slice, x_BTD: jax.Array, batch: Batch, product: Einsum) -> Out:
+    """One layer, with every product computed by `product`; padding lets its input through and sums to nothing."""
     scope = model.make_ops(product)(layer.ranges)
     y_BTD = block(x_BTD, cast_floating(layer.blocks, model.compute_dtype), batch, model.cfg, scope.ops)
-    return y_BTD if layer.present is None else jnp.where(layer.present, y_BTD, x_BTD)
+    sums = kept_sums(scope.close())
+    if layer.present is None:
+        return Out(y_BTD, sums)
+    return Out(jnp.where(layer.present, y_BTD, x_BTD), {k: jnp.where(layer.present, x, 0) for k, x in sums.items()})
 
 
-def forward_slice(model: SliceModel, piece: Slice, x_BTD: jax.Array, batch: Batch) -> jax.Array:
+def forward_slice(model: SliceModel, piece: Slice, x_BTD: jax.Array, batch: Batch) -> Out:
     """F: the slice's output."""
 
-    def step(x: jax.Array, layer: Slice) -> tuple[jax.Array, None]:
-        return run_layer(model, layer, x, batch, plain_einsum), None
+    def step(x: jax.Array, layer: Slice) -> tuple[jax.Array, Arrays]:
+        out = run_layer(model, layer, x, batch, plain_einsum)
+        return out.y_BTD, out.sums
 
-    return jax.lax.scan(step, x_BTD, piece)[0]
+    return Out(*jax.lax.scan(step, x_BTD, piece))
 
 
 def products_of(model: SliceModel, layer: Slice, x_BTD: Any, batch: Any) -> Products:
@@ -123,21 +135,22 @@ def _with_pull(model: SliceModel, products: Products, layer: Slice, x_BTD: Any, 
     """Adds what is known of a layer's pull."""
     found: dict[str, Any] = {}
 
-    def run(layer: Slice, x: jax.Array, batch: Batch) -> Saved:
+    def run(layer: Slice, x: jax.Array, batch: Batch) -> tuple[Saved, Arrays]:
         layer = _cast(model, layer)
         known = _known(layer, batch)
-        _, (leaves, pull), inputs = _differentiate(model, products, layer, x, batch)
+        out, (leaves, pull), inputs = _differentiate(model, products, layer, x, batch)
         places = [next((i for i, other in enumerate(known) if other is leaf), None) for leaf in leaves]
         found.update(pull=pull, leaves=tuple(places))
-        return Saved([leaf for leaf, place in zip(leaves, places, strict=True) if place is None], inputs)
+        return Saved([leaf for leaf, place in zip(leaves, places, strict=True) if place is None], inputs), out.sums
 
-    return products._replace(saved=jax.eval_shape(run, layer, x_BTD, batch), **found)
+    saved, sums = jax.eval_shape(run, layer, x_BTD, batch)
+    return products._replace(saved=saved, sums=sums, **found)
 
 
 def split_weights(model: SliceModel, blocks: Any) -> tuple[Any, Any]:
-    """(matrices, others): what W differentiates by, and the small rest (norms, biases) that B does."""
+    """(matrices, others): what W differentiates by, and what B does: norms, biases, and experts, whose products are not the seam's own."""
     specs = flatten(param_specs(model.cfg)["blocks"])
-    matrices = {path for path, spec in specs.items() if spec.is_matmul}
+    matrices = {path for path, spec in specs.items() if spec.is_matmul and "E" not in spec.letters}
     return select(blocks, matrices), select(blocks, specs.keys() - matrices)
 
 
@@ -147,41 +160,43 @@ def _join(matrices: Any, others: Any) -> Any:
 
 def save_slice(
     model: SliceModel, products: Products, piece: Slice, x_BTD: jax.Array, batch: Batch
-) -> tuple[jax.Array, Saved]:
+) -> tuple[Out, Saved]:
     """F that keeps what B and W need: the slice's output, and the residuals and products' inputs of every layer."""
 
     def step(x: jax.Array, layer: Slice) -> tuple[jax.Array, Any]:
-        y, (leaves, _), inputs = _differentiate(model, products, layer, x, batch)
+        out, (leaves, _), inputs = _differentiate(model, products, layer, x, batch)
         known = _known(layer, batch)
-        return y, Saved([leaf for leaf in leaves if not _among(leaf, known)], inputs)
+        return out.y_BTD, (out.sums, Saved([leaf for leaf in leaves if not _among(leaf, known)], inputs))
 
-    return jax.lax.scan(step, x_BTD, _cast(model, piece))
+    y_BTD, (sums, saved) = jax.lax.scan(step, x_BTD, _cast(model, piece))
+    return Out(y_BTD, sums), saved
 
 
 def pull_slice(
-    model: SliceModel, products: Products, piece: Slice, saved: Saved, batch: Batch, d_y_BTD: jax.Array
+    model: SliceModel, products: Products, piece: Slice, saved: Saved, batch: Batch, d_out: Out
 ) -> tuple[jax.Array, Any, Arrays]:
-    """B: from the cotangent of the slice's output, that of its input, gradients of the small weights, and the cotangents of the products."""
+    """B: from the cotangents of the slice's output and of each layer's sums, that of its input, gradients of the other weights,
+    and the cotangents of the products."""
 
     def step(d_y: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         own, kept = layer
         known, stored = _known(own, batch), iter(kept)
         leaves = [next(stored) if index is None else known[index] for index in products.leaves]
-        d_x, d_others, d_taps = jax.tree.unflatten(products.pull, leaves)(d_y)
+        d_x, d_others, d_taps = jax.tree.unflatten(products.pull, leaves)(Out(d_y, d_out.sums))
         return d_x, (d_others, d_taps)
 
-    d_x_BTD, (d_others, d_taps) = jax.lax.scan(step, d_y_BTD, (_cast(model, piece), saved.residuals), reverse=True)
+    d_x_BTD, (d_others, d_taps) = jax.lax.scan(step, d_out.y_BTD, (_cast(model, piece), saved.residuals), reverse=True)
     return d_x_BTD, d_others, d_taps
 
 
 def _differentiate(model: SliceModel, products: Products, layer: Slice, x_BTD: jax.Array, batch: Batch) -> Any:
     """(output, flattened pull, inputs of products) of a layer whose weights are cast already.
 
-    The pull takes the output's cotangent to those of the layer's input, of its small weights, and of the taps.
+    The pull takes the output's cotangent to those of the layer's input, of its other weights, and of the taps.
     """
     matrices, others = split_weights(model, layer.blocks)
 
-    def run(x: jax.Array, others: Any, taps: Arrays) -> tuple[jax.Array, Arrays]:
+    def run(x: jax.Array, others: Any, taps: Arrays) -> tuple[Out, Arrays]:
         inputs: Arrays = {}
 
         def product(equation: str, x: jax.Array, w: Any, *, site: str) -> jax.Array:
@@ -191,8 +206,8 @@ def _differentiate(model: SliceModel, products: Products, layer: Slice, x_BTD: j
         return run_layer(model, layer._replace(blocks=_join(matrices, others)), x, batch, product), inputs
 
     taps = {site: jnp.zeros(out.shape, out.dtype) for site, out in products.outputs.items()}
-    y_BTD, pull, inputs = jax.vjp(remat_policy(model.remat)(run), x_BTD, others, taps, has_aux=True)
-    return y_BTD, jax.tree.flatten(pull), inputs
+    out, pull, inputs = jax.vjp(remat_policy(model.remat)(run), x_BTD, others, taps, has_aux=True)
+    return out, jax.tree.flatten(pull), inputs
 
 
 def _cast(model: SliceModel, piece: Slice) -> Slice:

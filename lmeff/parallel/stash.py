@@ -25,7 +25,7 @@ from lmeff.parallel.pipeline import (
     put,
 )
 from lmeff.parallel.program import Ticks
-from lmeff.parallel.slices import Saved, forward_slice, pull_slice, save_slice, weight_gradients
+from lmeff.parallel.slices import Out, Saved, forward_slice, pull_slice, save_slice, weight_gradients
 
 
 def idle(pipe: Pipeline, t: Ticks, carry: Carry) -> tuple[Carry, jax.Array]:
@@ -37,27 +37,27 @@ def idle(pipe: Pipeline, t: Ticks, carry: Carry) -> tuple[Carry, jax.Array]:
 def forward_from_input(pipe: Pipeline, t: Ticks, carry: Carry) -> tuple[Carry, jax.Array]:
     """F that keeps its input."""
     x = _entering(pipe, t, carry)
-    ys = [_run_forward(pipe, t, i, part) for i, part in enumerate(pipe.split(x))]
-    return _stashed(pipe, carry, t, x), pipe.join(*ys)
+    outs = [_run_forward(pipe, t, i, part) for i, part in enumerate(pipe.split(x))]
+    return _stashed(pipe, carry, t, x, outs[0].sums), pipe.join(*(out.y_BTD for out in outs))
 
 
 def forward_with_residuals(pipe: Pipeline, t: Ticks, carry: Carry) -> tuple[Carry, jax.Array]:
     """F that keeps its output, for the loss, and what B and W need."""
     x, *others = pipe.split(_entering(pipe, t, carry))
-    y, saved = save_slice(pipe.student.model, pipe.products, _chunk(pipe, t), x, pick(pipe.batch, t.microbatch))
-    payload = pipe.join(y, *(_run_forward(pipe, t, i + 1, part) for i, part in enumerate(others)))
-    return _stashed(pipe, carry, t, (payload, saved)), payload
+    out, saved = save_slice(pipe.student.model, pipe.products, _chunk(pipe, t), x, pick(pipe.batch, t.microbatch))
+    payload = pipe.join(out.y_BTD, *(_run_forward(pipe, t, i + 1, part).y_BTD for i, part in enumerate(others)))
+    return _stashed(pipe, carry, t, (payload, saved), out.sums), payload
 
 
 def backward_from_input(pipe: Pipeline, t: Ticks, carry: Carry) -> tuple[Carry, jax.Array]:
     """B that runs F again."""
     x, *others = pipe.split(pick(carry.buffers.stash, t.stash))
-    y, saved = save_slice(pipe.student.model, pipe.products, _chunk(pipe, t), x, pick(pipe.batch, t.microbatch))
+    out, saved = save_slice(pipe.student.model, pipe.products, _chunk(pipe, t), x, pick(pipe.batch, t.microbatch))
 
     def teachers() -> list[jax.Array]:
-        return [_run_forward(pipe, t, i + 1, part) for i, part in enumerate(others)]
+        return [_run_forward(pipe, t, i + 1, part).y_BTD for i, part in enumerate(others)]
 
-    carry, payload, cotangents = _backward(pipe, t, carry, y, teachers, saved)
+    carry, payload, cotangents = _backward(pipe, t, carry, out.y_BTD, teachers, saved)
     return _left_for_weights(pipe, carry, t, (saved.inputs, cotangents)), payload
 
 
@@ -90,7 +90,7 @@ def _chunk(pipe: Pipeline, t: Ticks) -> Any:
     return pick(pipe.student.share.chunks, t.chunk)
 
 
-def _run_forward(pipe: Pipeline, t: Ticks, member: int, x: jax.Array) -> jax.Array:
+def _run_forward(pipe: Pipeline, t: Ticks, member: int, x: jax.Array) -> Out:
     model, share = pipe.members[member]
     return forward_slice(model, pick(share.chunks, t.chunk), x, pick(pipe.batch, t.microbatch))
 
@@ -110,11 +110,13 @@ def _entering(pipe: Pipeline, t: Ticks, carry: Carry) -> jax.Array:
         return jax.lax.cond(t.is_first == 1, embedded, received)
 
 
-def _stashed(pipe: Pipeline, carry: Carry, t: Ticks, values: Any) -> Carry:
+def _stashed(pipe: Pipeline, carry: Carry, t: Ticks, values: Any, kept: Sums) -> Carry:
     live = carry.counts.live + 1
     counts = carry.counts._replace(live=live, peak=jnp.maximum(carry.counts.peak, live))
     stash = put(carry.buffers.stash, t.stash, place_saved(pipe, values))
-    return carry._replace(buffers=carry.buffers._replace(stash=stash), counts=counts)
+    more = pipe.losses.layers(kept)[1]
+    sums = {name: total + more[name] if name in more else total for name, total in carry.sums.items()}
+    return carry._replace(buffers=carry.buffers._replace(stash=stash), counts=counts, sums=sums)
 
 
 def _left_for_weights(pipe: Pipeline, carry: Carry, t: Ticks, values: Any) -> Carry:
@@ -131,7 +133,7 @@ def _backward(pipe: Pipeline, t: Ticks, carry: Carry, y_BTD: jax.Array, teachers
         others = teachers()
         loss = lambda y, outer: last_loss(pipe, y, others, outer, batch)  # noqa: E731
         (d_y, d_more), more = jax.grad(loss, argnums=(0, 1), has_aux=True)(y_BTD, outer)
-        return place(d_y, "BTD"), settle(_sum(d_outer, d_more)), _sum(sums, more)
+        return place(d_y, "BTD"), settle(_sum(d_outer, d_more)), {**sums, **_sum({k: sums[k] for k in more}, more)}
 
     def received(d_outer: Any, sums: Sums) -> Any:
         return place(pick(carry.buffers.gradient, t.gradient), "BTD"), settle(d_outer), sums
@@ -139,7 +141,8 @@ def _backward(pipe: Pipeline, t: Ticks, carry: Carry, y_BTD: jax.Array, teachers
     with jax.named_scope("loss"):
         d_y, d_outer, sums = jax.lax.cond(t.is_last == 1, last, received, carry.d_outer, carry.sums)
     model = pipe.student.model
-    d_x, d_others, cotangents = pull_slice(model, pipe.products, _chunk(pipe, t), saved, batch, d_y)
+    d_sums = jax.grad(lambda sums: pipe.losses.layers(sums)[0])(_zeros(pipe.products.sums))
+    d_x, d_others, cotangents = pull_slice(model, pipe.products, _chunk(pipe, t), saved, batch, Out(d_y, d_sums))
 
     def embedded(d_outer: Any) -> Any:
         _, pull = jax.vjp(lambda e: embed(pipe.student, e, batch), outer["embed"])
@@ -156,6 +159,10 @@ def _weights(pipe: Pipeline, t: Ticks, carry: Carry, inputs: Any, cotangents: An
     grads = weight_gradients(pipe.student.model, pipe.products, _chunk(pipe, t), inputs, cotangents, batch)
     counts = carry.counts._replace(live=carry.counts.live - 1)
     return carry._replace(d_blocks=_add(carry.d_blocks, t.chunk, grads), counts=counts), _nothing(pipe)
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
 def _sum(total: Any, more: Any) -> Any:

@@ -17,9 +17,10 @@ from lmeff.core.precision import Policy
 from lmeff.core.tree import Tree
 from lmeff.distill.objectives import Objective
 from lmeff.models.config import ModelConfig
+from lmeff.models.moe import auxiliary as routing_loss
 from lmeff.models.transformer import Output, View, forward, identity_view, param_specs, substate
 from lmeff.parallel.mesh import Layout, partitions, shardings
-from lmeff.parallel.pipeline import Counts, Member, Share, run_pipeline
+from lmeff.parallel.pipeline import Counts, Losses, Member, Share, run_pipeline
 from lmeff.parallel.program import compile_schedule
 from lmeff.parallel.region import accumulated, gradient, regional, split_rows
 from lmeff.parallel.schedules import build
@@ -174,6 +175,7 @@ def pipelined_gradients(
 
     Weights are seen by the compression once a step. The pipeline differentiates by what is seen, and one pull takes that back to what is trained.
     """
+    assert rt.student.cfg.moe is None, "config.validate refuses experts in a pipeline"
     frozen, factor = given
     plan = layout.plan
     schedule = build(plan.schedule, layout.mesh.shape["pipe"], rt.accumulate, plan.chunks)
@@ -187,6 +189,12 @@ def pipelined_gradients(
         objective, sums = rt.objective(layout, student, teacher, batch)
         return objective * factor, {**sums, "objective": objective}
 
+    def layers(kept: Metrics) -> tuple[jax.Array, Metrics]:
+        if not kept:
+            return jnp.zeros(()), {}
+        routing, told = routing_loss(kept, rt.student.cfg)
+        return routing * factor, {**told, "objective": routing}
+
     shown, pull = jax.vjp(seen, trainable)
     student = member(rt.student, layout, schedule, shown, frozen.ranges, rt.policy, rt.remat)
     teacher = None
@@ -196,7 +204,9 @@ def pipelined_gradients(
     pieces = split_rows(batch, rt.accumulate)
     stash = STASHES[plan.stash]
     program = compile_schedule(schedule, stash.until)
-    d_blocks, d_outer, sums, counts = run_pipeline(program, stash, layout, student, teacher, loss, pieces)
+    d_blocks, d_outer, sums, counts = run_pipeline(
+        program, stash, layout, student, teacher, Losses(loss, layers), pieces
+    )
     grads = {"blocks": d_blocks, **d_outer}
     grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, shown)
     return pull(grads)[0], sums, counts

@@ -17,6 +17,7 @@ from lmeff.parallel.schedules import build
 from lmeff.parallel.seam import layout_ops
 from lmeff.parallel.simulate import simulate
 from lmeff.parallel.slices import (
+    Out,
     Slice,
     SliceModel,
     forward_slice,
@@ -112,12 +113,12 @@ def passes():
     products = products_of(model, shapes, x, batch)
 
     def plain(blocks, x, d_y):
-        return jax.vjp(lambda b, x: forward_slice(model, Slice(b, {}, None), x, batch), blocks, x)[1](d_y)
+        return jax.vjp(lambda b, x: forward_slice(model, Slice(b, {}, None), x, batch).y_BTD, blocks, x)[1](d_y)
 
     made = {
         "F": jax.jit(lambda: forward_slice(model, piece, x, batch)),
         "save": jax.jit(lambda: save_slice(model, products, piece, x, batch)),
-        "B": jax.jit(lambda saved: pull_slice(model, products, piece, saved, batch, d_y)),
+        "B": jax.jit(lambda saved: pull_slice(model, products, piece, saved, batch, Out(d_y, {}))),
         "W": jax.jit(lambda inputs, d: weight_gradients(model, products, piece, inputs, d, batch)),
         "plain": jax.jit(plain),
     }
@@ -126,8 +127,8 @@ def passes():
 
 def test_weight_gradients_are_bit_equal_and_cost_as_many_products_as_the_forward_pass(passes):
     made, model, piece, products, x, d_y = passes
-    y, saved = made["save"]()
-    np.testing.assert_array_equal(y, made["F"]())
+    out, saved = made["save"]()
+    np.testing.assert_array_equal(out.y_BTD, made["F"]().y_BTD)
     d_x, d_others, cotangents = made["B"](saved)
     d_matrices = made["W"](saved.inputs, cotangents)
     want_blocks, want_x = made["plain"](piece.blocks, x, d_y)

@@ -19,7 +19,7 @@ from lmeff.core.precision import Policy
 from lmeff.core.specs import initialize
 from lmeff.core.tree import map_with_path
 from lmeff.distill.objectives import Distill, Projection, head_objective
-from lmeff.models.config import ModelConfig
+from lmeff.models.config import ModelConfig, MoE
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import AXES, MeshPlan, make_layout, place_batch, shardings
 from lmeff.train.optim import OptimConfig, make_optimizer
@@ -33,7 +33,14 @@ MODELS = {
     "grouped": ModelConfig(vocab=96, width=64, layers=2, heads=8, kv_heads=4, ffn=128, tied=False),
     "tied": ModelConfig(vocab=96, width=64, layers=2, heads=8, kv_heads=8, ffn=128, qk_norm=True, logit_softcap=20.0),
     "uneven": ModelConfig(vocab=96, width=32, layers=5, heads=4, kv_heads=2, ffn=64),
+    "experts": ModelConfig(vocab=96, width=64, layers=2, heads=4, kv_heads=2, ffn=32, moe=MoE(experts=8, shared=1)),
+    "capacity": ModelConfig(
+        vocab=96, width=64, layers=2, heads=4, kv_heads=2, ffn=32, moe=MoE(experts=8, capacity=1.0, normalize=False)
+    ),
     "four": ModelConfig(vocab=96, width=32, layers=4, heads=4, kv_heads=2, ffn=64),
+    "moe": ModelConfig(
+        vocab=96, width=32, layers=4, heads=4, kv_heads=2, ffn=32, tied=False, moe=MoE(experts=4, shared=1)
+    ),
     "deep": ModelConfig(vocab=96, width=32, layers=16, heads=4, kv_heads=4, ffn=128),
 }
 TEACHER = ModelConfig(vocab=96, width=32, layers=2, heads=8, kv_heads=8, ffn=64, tied=False)
@@ -76,6 +83,7 @@ class Mesh:
     schedule: str = "1f1b"
     chunks: int | None = None
     stash: str = "input"
+    sequence: str = "ring"
     accumulate: int = 1
     remat: str = "none"
     model: str = "grouped"
