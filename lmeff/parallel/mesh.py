@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmeff.core.batch import Batch
@@ -267,6 +267,13 @@ def make_layout(plan: MeshPlan, devices: Sequence[Any] | None = None) -> Layout:
     mesh = jax.make_mesh(
         tuple(degrees[axis] for axis in AXES), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES)
     )
+    return Layout(mesh, plan)
+
+
+def plan_layout(plan: MeshPlan, devices: int) -> Layout:
+    """The layout of a plan on so many devices that need not exist: it knows partitions and axes, and places nothing."""
+    degrees = plan.degrees(devices)
+    mesh: Any = AbstractMesh(tuple(degrees.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     return Layout(mesh, plan)
 
 
