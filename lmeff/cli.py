@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
 import tyro
 from rich.console import Console
 
@@ -21,6 +20,7 @@ from lmeff.config.overrides import override
 from lmeff.config.schema import flat_values
 from lmeff.config.validate import validate
 from lmeff.core.errors import UsageError, UserError
+from lmeff.parallel.devices import simulate
 from lmeff.recipe.evaluate import evaluate
 from lmeff.recipe.run import run
 from lmeff.report.html import write_html
@@ -190,8 +190,7 @@ def _simulate(devices: int | None) -> None:
         return
     if devices < 1:
         raise UsageError(f"--devices: got {devices}, expected at least 1")
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", devices)
+    simulate(devices)
 
 
 def _refuse(arguments: Sequence[str], command: str) -> None:

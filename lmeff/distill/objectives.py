@@ -14,7 +14,7 @@ from lmeff.core.batch import Batch
 from lmeff.core.errors import ConfigError
 from lmeff.core.numerics import is_qtensor, materialize
 from lmeff.core.ops import FLOATING, Numerics, Ranges, make_ops
-from lmeff.distill.chunked import chunked_head, cross_entropy_rows, forward_kl_rows, map_rows
+from lmeff.distill.chunked import chunked_head, cross_entropy_rows, forward_kl_rows, map_rows, rows_at_once
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import Output, project
 from lmeff.parallel.mesh import WHOLE, Layout
@@ -68,35 +68,41 @@ def head_objective(
     """
     assert (teacher is None) == (distill is None)
 
-    def row_loss(axis: str | None, hidden: jax.Array, head: Any, rows: Any, extras: Any) -> tuple[jax.Array, Sums]:
+    def row_loss(axes: tuple[str, ...], hidden: jax.Array, head: Any, rows: Any, extras: Any) -> tuple[jax.Array, Sums]:
         logits = student(hidden, head, extras["ranges"])
-        loss = cross_entropy_rows(logits, rows["targets"], axis) * rows["weights"]
+        loss = cross_entropy_rows(logits, rows["targets"], axes) * rows["weights"]
         if teacher is None or distill is None:
             return loss, {"loss": loss}
         target = teacher(rows["teacher"], extras["teacher_head"], extras["teacher_ranges"])
-        kl = forward_kl_rows(logits, target, distill.temperature, axis) * rows["weights"]
+        kl = forward_kl_rows(logits, target, distill.temperature, axes) * rows["weights"]
         mixed = (1 - distill.mix) * loss + distill.mix * distill.temperature**2 * kl
         return mixed, {"loss": loss, "kl": kl}
 
     def objective(layout: Layout, s: Output, t: Output | None, batch: Batch) -> tuple[jax.Array, Sums]:
+        width = shared_axes(layout, student.cfg)
         rows, extras = {"targets": batch.targets, "weights": batch.weights}, {"ranges": s.ranges}
-        letters = head_letters(s.head, student.cfg)
+        letters = head_letters(s.head, student.cfg, whole=not width)
         extra_letters = {"ranges": _whole(s.ranges)}
         if t is not None and teacher is not None:
             rows |= {"teacher": t.hidden_BTD}
             teacher_head = materialize(t.head)
             extras |= {"teacher_head": teacher_head, "teacher_ranges": t.ranges}
             extra_letters |= {
-                "teacher_head": head_letters(teacher_head, teacher.cfg),
+                "teacher_head": head_letters(teacher_head, teacher.cfg, whole=not width),
                 "teacher_ranges": _whole(t.ranges),
             }
-        vocab = layout.axes("V")
-        axis = vocab[0] if vocab else None
 
         def local(hidden: jax.Array, head: Any, rows: Any, extras: Any) -> tuple[jax.Array, Sums]:
             hidden, rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (hidden, rows))
-            loss = functools.partial(row_loss, axis)
-            options = {"chunk": chunk, "vocab_axis": axis, "batch_axes": layout.axes("BS")}
+            part = chunk
+            if width:
+                head = _by_vocabulary(head, student.cfg, width)
+                if teacher is not None:
+                    extras = extras | {"teacher_head": _by_vocabulary(extras["teacher_head"], teacher.cfg, width)}
+                part = rows_at_once(chunk, student.cfg.vocab // layout.size(layout.axes("V")), layout.size(width) * student.cfg.width)
+            axes = layout.axes("V") + width
+            loss = functools.partial(row_loss, axes)
+            options = {"chunk": part, "vocab_axes": axes, "batch_axes": layout.axes("BS")}
             return chunked_head(loss, hidden, head, rows, extras, **options)
 
         row_letters = jax.tree.map(lambda x: "BS" + WHOLE * (x.ndim - 2), rows)
@@ -115,7 +121,7 @@ def token_nll(model: Projection, *, chunk: int = CHUNK) -> Callable[[Layout, Out
 
         def local(hidden: jax.Array, head: Any, targets: jax.Array, weights: jax.Array, ranges: Ranges) -> jax.Array:
             def piece(rows: Any) -> jax.Array:
-                return cross_entropy_rows(model(rows[0], head, ranges), rows[1], vocab[0] if vocab else None)
+                return cross_entropy_rows(model(rows[0], head, ranges), rows[1], vocab)
 
             losses = map_rows(piece, (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)), chunk=chunk)
             return losses.reshape(weights.shape) * (weights > 0)
@@ -128,14 +134,29 @@ def token_nll(model: Projection, *, chunk: int = CHUNK) -> Callable[[Layout, Out
     return nll
 
 
-def head_letters(head: Any, cfg: ModelConfig) -> Any:
-    """How a head enters the shards: cut over the vocabulary, whole over D. Of a packed head, the dims that share a scale stay whole."""
-    cut = "V_" if cfg.tied else "_V"
+def head_letters(head: Any, cfg: ModelConfig, *, whole: bool = True) -> Any:
+    """How a head enters the shards: cut over the vocabulary, over D whole or as it is stored. Of a packed head, the dims that share a scale stay whole."""
+    cut = ("V_" if cfg.tied else "_V") if whole else "VD" if cfg.tied else "DV"
     if not is_qtensor(head):
         return cut
     return jax.tree.map(
         lambda x: "".join(letter if size > 1 else WHOLE for letter, size in zip(cut, x.shape, strict=True)), head
     )
+
+
+def shared_axes(layout: Layout, cfg: ModelConfig) -> tuple[str, ...]:
+    """The axes that cut D of the head and rows alike, over which the loss cuts the vocabulary instead; none where it does not divide.
+
+    A head that is gathered whole takes its own size and twice that for its gradient in float32, on every device.
+    """
+    axes = layout.axes("D")
+    return axes if cfg.vocab % layout.size(layout.axes("V") + axes) == 0 else ()
+
+
+def _by_vocabulary(head: jax.Array, cfg: ModelConfig, axes: tuple[str, ...]) -> jax.Array:
+    """From a part of D to a part of V; each device sends what others need and nothing else."""
+    vocab = 0 if cfg.tied else 1
+    return jax.lax.all_to_all(head, axes, split_axis=vocab, concat_axis=1 - vocab, tiled=True)
 
 
 def _whole(tree: Any) -> Any:

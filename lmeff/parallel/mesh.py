@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,6 +24,7 @@ from lmeff.core.batch import Batch
 from lmeff.core.errors import ConfigError
 from lmeff.core.specs import ParamSpec
 from lmeff.core.tree import Tree, flatten, owner
+from lmeff.parallel.devices import arrange
 
 AXES = ("dcn", "data", "fsdp", "pipe", "expert", "context", "tensor")  # outermost first
 BATCH_AXES = ("dcn", "data", "fsdp", "expert")
@@ -137,13 +139,18 @@ class Layout:
         """Whether there is nothing to place."""
         return self.mesh.size == 1
 
+    @property
+    def platform(self) -> str:
+        """The kind of the devices: "cpu", "gpu" or "tpu". Of those that are compiled for, which need not be of this machine."""
+        return self.mesh.devices.flat[0].platform
+
     def layers_at_once(self, remat: str) -> int:
         """How many layers a scan should run in one turn of its loop: one, or on a single CPU device up to eight.
 
         A turn's end copies all that the backward pass needs into a stack: a sixth of a CPU's step. Rematerialisation relies on the loop to keep
         XLA from merging it away, and on several devices the loop keeps programs small and their collectives once a layer.
         """
-        alone = self.single and self.mesh.devices.flat[0].platform == "cpu"
+        alone = self.single and self.platform == "cpu"
         return 8 if alone and remat == "none" else 1
 
     def partition(self, letters: str, shape: Sequence[int] | None = None) -> P:
@@ -183,21 +190,24 @@ class Layout:
         partition = self.partition(letters, x.shape)
         return jax.lax.with_sharding_constraint(x, partition if self.manual else NamedSharding(self.mesh, partition))
 
-    def on_shards(self, fn: Callable[..., Any], inputs: Sequence[Any], outputs: Any) -> Callable[..., Any]:
+    def on_shards(
+        self, fn: Callable[..., Any], inputs: Sequence[Any], outputs: Any, *, checked: bool = True
+    ) -> Callable[..., Any]:
         """Runs `fn` on each device's shards: purely local code, or code that names its collectives.
 
         `inputs` are letters; `outputs` letters or a pytree of them. A sum inside `fn` that is to be differentiated must be right both with and
-        without JAX's checks of what varies over the mesh: inside an outer `jax.shard_map` they are off.
+        without JAX's checks of what varies over the mesh: inside an outer `jax.shard_map` they are off, and where not `checked`.
         """
-        if not self._names:
+        if self.single or (not self._names and self.platform != "tpu"):
             return fn
+        # Every axis, also those of size 1: a Pallas kernel for TPUs must not leave any of them to XLA.
         return jax.shard_map(
             fn,
             mesh=None if self.manual else self.mesh,
             in_specs=jax.tree.map(self.partition, tuple(inputs)),
             out_specs=jax.tree.map(self.partition, outputs),
-            axis_names=self._names,
-            check_vma=not self.manual,
+            axis_names=set(self.mesh.axis_names) - set(self.manual),
+            check_vma=checked and not self.manual,
         )
 
     def axes(self, letters: str) -> tuple[str, ...]:
@@ -206,18 +216,24 @@ class Layout:
 
 
 def make_layout(plan: MeshPlan, devices: Sequence[Any] | None = None) -> Layout:
-    """The layout of a plan on these devices (default: all)."""
+    """The layout of a plan on these devices (default: all): real, simulated, or of a topology that is only compiled for."""
     devices = list(devices if devices is not None else jax.devices())
     degrees = plan.degrees(len(devices))
-    mesh = jax.make_mesh(
-        tuple(degrees[axis] for axis in AXES), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES)
-    )
-    return Layout(mesh, plan)
+    return Layout(Mesh(arrange(devices, degrees), AXES, axis_types=(AxisType.Auto,) * len(AXES)), plan)
 
 
 def place_batch(batch: Batch, layout: Layout) -> Batch:
     """A host batch on the mesh: rows over the batch axes, tokens over context."""
     return jax.device_put(batch, jax.tree.map(lambda x: layout.sharding("BS", x.shape), batch))
+
+
+def abstract_batch(rows: int, tokens: int, layout: Layout) -> Batch:
+    """A batch [B, T] as shapes with shardings, to compile for."""
+
+    def leaf(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((rows, tokens), dtype, sharding=layout.sharding("BS", (rows, tokens)))
+
+    return Batch(*[leaf(jnp.int32)] * 4, leaf(jnp.float32))
 
 
 def parameter_shardings(specs: Tree, layout: Layout) -> dict[str, NamedSharding]:

@@ -35,9 +35,10 @@ def _attend(
     """Causal attention within documents; rows and heads are cut over the mesh, so every device works alone."""
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-        return attention(q, k, v, segments_BT=segments, window=window, softcap=softcap)
+        return attention(q, k, v, segments_BT=segments, window=window, softcap=softcap, platform=layout.platform)
 
-    call = layout.on_shards(local, ("B_HC", "B_KC", "B_KC", "B_"), "B_HC")
+    # A Pallas kernel does not say what its results vary over.
+    call = layout.on_shards(local, ("B_HC", "B_KC", "B_KC", "B_"), "B_HC", checked=layout.platform != "tpu")
     return call(q_BTHC, k_BSKC, v_BSKC, segments_BT)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lmeff.compress.base import Compression, State
+from lmeff.core.specs import abstract
 from lmeff.core.tree import Tree
 from lmeff.parallel.mesh import Layout, shardings
 
@@ -61,6 +62,21 @@ def state_shardings(state: TrainState, specs: Tree, layout: Layout) -> Any:
     owned = TrainState(None, state.opt, None, state.ema, None)  # type: ignore[arg-type]
     own, rest = shardings(owned, specs, layout.of_optimizer), shardings(placed, specs, layout)
     return rest._replace(opt=own.opt, ema=own.ema)
+
+
+def abstract_state(
+    specs: Tree,
+    compression: Compression,
+    tx: optax.GradientTransformation,
+    layout: Layout,
+    *,
+    dtype: Any = jnp.float32,
+    ema: bool = False,
+) -> TrainState:
+    """The state as shapes with shardings, to compile a step for devices that are not here; nothing is allocated."""
+    made = jax.eval_shape(lambda p: build_state(p, specs, compression, tx, ema=ema), abstract(specs, dtype))
+    places = state_shardings(made, specs, layout)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), made, places)
 
 
 def with_shardings(tree: Any, specs: Tree, layout: Layout) -> Any:
