@@ -1,4 +1,4 @@
-"""The command line: `lmeff run | train | eval | report | config show | doctor`.
+"""The command line: `lmeff run | train | eval | report | config show | schedule | doctor`.
 
 Logs go to stderr under `--json`, which leaves one JSON object on stdout. Exit codes: 0 ok, 2 usage, 3 config, 4 data, 5 checkpoint, 1 anything else.
 """
@@ -20,10 +20,16 @@ from lmeff.config.overrides import override
 from lmeff.config.schema import flat_values
 from lmeff.config.validate import validate
 from lmeff.core.errors import UsageError, UserError
-from lmeff.parallel.devices import simulate
+from lmeff.core.files import write_text
+from lmeff.parallel.devices import simulate_cpu
+from lmeff.parallel.drawing import print_schedule
+from lmeff.parallel.schedule_csv import from_csv, to_csv
+from lmeff.parallel.schedules import build
+from lmeff.parallel.simulate import simulate
 from lmeff.recipe.evaluate import evaluate
 from lmeff.recipe.run import run
 from lmeff.report.html import write_html
+from lmeff.report.pipeline import schedule_file
 from lmeff.report.schema import Report
 from lmeff.report.tables import print_artifacts, print_comparisons
 
@@ -119,6 +125,29 @@ class ShowConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShowSchedule:
+    """Draws a pipeline schedule and counts its ticks, idle share and microbatches in flight.
+
+    Attributes:
+        name: a schedule, such as 1f1b, or a .csv file with a table, which has its own stages and microbatches.
+        stages: stages of the pipeline.
+        microbatches: microbatches of a step.
+        chunks: slices of the model a stage; the schedule's own number where none is given.
+        csv: also write the table there.
+        svg: also write a picture there.
+        json: print one JSON object on stdout and the drawing on stderr.
+    """
+
+    name: tyro.conf.Positional[str]
+    stages: int = 4
+    microbatches: int = 8
+    chunks: int | None = None
+    csv: Path | None = None
+    svg: Path | None = None
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Doctor:
     """Checks this machine: versions, devices, memory, disk, optional packages; one line each, with the remedy.
 
@@ -169,6 +198,27 @@ def _show(command: ShowConfig, overrides: Sequence[str], console: Console) -> Js
     return {"config": to_json(experiment), "origins": sources}
 
 
+def _schedule(command: ShowSchedule, overrides: Sequence[str], console: Console) -> Json:
+    _refuse(overrides, "schedule")
+    if command.name.endswith(".csv"):
+        schedule = from_csv(Path(command.name), Path(command.name).stem)
+    else:
+        schedule = build(command.name, command.stages, command.microbatches, command.chunks)
+    counts = simulate(schedule)
+    print_schedule(schedule, counts, console)
+    for option, path, form in (("csv", command.csv, to_csv), ("svg", command.svg, schedule_file)):
+        if path is not None:
+            _write(option, path, form(schedule))
+    return {"name": schedule.name, "table": schedule.table, **counts.to_json()}
+
+
+def _write(option: str, path: Path, text: str) -> None:
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise UserError(f"--{option}: cannot write {path}: {error.strerror}; choose a folder of your own") from error
+
+
 def _doctor(command: Doctor, overrides: Sequence[str], console: Console) -> Json:
     _refuse(overrides, "doctor")
     checks = doctor.examine()
@@ -190,7 +240,7 @@ def _simulate(devices: int | None) -> None:
         return
     if devices < 1:
         raise UsageError(f"--devices: got {devices}, expected at least 1")
-    simulate(devices)
+    simulate_cpu(devices)
 
 
 def _refuse(arguments: Sequence[str], command: str) -> None:
@@ -206,6 +256,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., Json]]] = {
     "eval": (Eval, _eval),
     "report": (MakeReport, _report),
     "config": (ShowConfig, _show),
+    "schedule": (ShowSchedule, _schedule),
     "doctor": (Doctor, _doctor),
 }
 Command = (
@@ -214,6 +265,7 @@ Command = (
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[MakeReport, tyro.conf.subcommand("report")]
     | Annotated[ShowConfig, tyro.conf.subcommand("config")]
+    | Annotated[ShowSchedule, tyro.conf.subcommand("schedule")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
 DESCRIPTION = f"lmeff {__version__}: efficient language models in JAX. Every command has --help and --json."

@@ -169,7 +169,9 @@ def cross_entropy_rows(logits_NV: jax.Array, targets_N: jax.Array, axes: tuple[s
     return -pick_target(vocab_log_softmax(logits_NV, axes), targets_N, axes)
 
 
-def forward_kl_rows(student_NV: jax.Array, teacher_NV: jax.Array, temperature: float, axes: tuple[str, ...]) -> jax.Array:
+def forward_kl_rows(
+    student_NV: jax.Array, teacher_NV: jax.Array, temperature: float, axes: tuple[str, ...]
+) -> jax.Array:
     """KL(teacher || student) of the softmaxes at a temperature, in nats, [N]."""
     student = vocab_log_softmax(student_NV / temperature, axes)
     teacher = vocab_log_softmax(teacher_NV / temperature, axes)

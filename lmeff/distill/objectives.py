@@ -99,7 +99,9 @@ def head_objective(
                 head = _by_vocabulary(head, student.cfg, width)
                 if teacher is not None:
                     extras = extras | {"teacher_head": _by_vocabulary(extras["teacher_head"], teacher.cfg, width)}
-                part = rows_at_once(chunk, student.cfg.vocab // layout.size(layout.axes("V")), layout.size(width) * student.cfg.width)
+                part = rows_at_once(
+                    chunk, student.cfg.vocab // layout.size(layout.axes("V")), layout.size(width) * student.cfg.width
+                )
             axes = layout.axes("V") + width
             loss = functools.partial(row_loss, axes)
             options = {"chunk": part, "vocab_axes": axes, "batch_axes": layout.axes("BS")}

@@ -95,7 +95,7 @@ def topology(name: str) -> list[Any]:
     return list(found.devices)
 
 
-def simulate(count: int) -> None:
+def simulate_cpu(count: int) -> None:
     """So many simulated devices on the CPU, in place of whatever this machine has; works until JAX has looked for devices."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
