@@ -5,7 +5,7 @@ Logs go to stderr under `--json`, which leaves one JSON object on stdout. Exit c
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,8 +21,13 @@ from lmeff.config.schema import flat_values
 from lmeff.config.validate import validate
 from lmeff.core.errors import UsageError, UserError
 from lmeff.core.files import write_text
+from lmeff.core.precision import parse
+from lmeff.models.config import ModelConfig
+from lmeff.models.transformer import param_specs
 from lmeff.parallel.devices import simulate_cpu
 from lmeff.parallel.drawing import print_schedule
+from lmeff.parallel.leaves import leaf_table, print_leaves
+from lmeff.parallel.mesh import make_layout
 from lmeff.parallel.schedule_csv import from_csv, to_csv
 from lmeff.parallel.schedules import build
 from lmeff.parallel.simulate import simulate
@@ -114,7 +119,7 @@ class ShowConfig:
     Attributes:
         action: what to do; there is only show.
         config: a Python file whose experiment() returns the config.
-        devices: also check it against so many devices.
+        devices: also check it against so many devices, and show where every parameter lies on them.
         json: print one JSON object on stdout.
     """
 
@@ -191,11 +196,24 @@ def _report(command: MakeReport, overrides: Sequence[str], console: Console) -> 
 
 def _show(command: ShowConfig, overrides: Sequence[str], console: Console) -> Json:
     experiment, sources = _experiment(command.config, overrides, command.devices)
-    if command.devices is not None:
-        validate(experiment, command.devices)
+    shapes = {} if command.devices is None else validate(experiment, command.devices)
     for path, value in flat_values(experiment):
         console.print(f"{path} = {value!r}  [dim]({sources[path]})[/dim]", highlight=False, soft_wrap=True)
-    return {"config": to_json(experiment), "origins": sources}
+    answer: Json = {"config": to_json(experiment), "origins": sources}
+    return answer | {"leaves": _leaves(experiment, shapes, console)} if shapes else answer
+
+
+def _leaves(experiment: Experiment, shapes: Mapping[str, ModelConfig], console: Console) -> Json:
+    """Prints where the parameters of each shape of model lie; rows by the first stage that has it."""
+    layout, dtype = make_layout(experiment.mesh), parse(experiment.precision).params
+    rows: Json = {}
+    for cfg in dict.fromkeys(shapes.values()):
+        stage = next(name for name, own in shapes.items() if own == cfg)
+        leaves = leaf_table(param_specs(cfg), layout, dtype)
+        console.print(f"stage '{stage}'", highlight=False)
+        print_leaves(leaves, console)
+        rows[stage] = [leaf._asdict() for leaf in leaves]
+    return rows
 
 
 def _schedule(command: ShowSchedule, overrides: Sequence[str], console: Console) -> Json:

@@ -113,11 +113,15 @@ def encode_activation(x: jax.Array, axes: tuple[int, ...], format: QFormat, rang
 
 
 def plain_einsum(equation: str, x: jax.Array, w: jax.Array, *, site: str = "") -> jax.Array:
-    """A floating-point einsum with float32 accumulation, in the dtype of `x`; reverse mode only. `jax.checkpoint` knows it as "product"."""
+    """A floating-point einsum with float32 accumulation, in the dtype of `x`; reverse mode only.
+
+    `jax.checkpoint` knows it as "product" and by its site.
+    """
     if jax.sharding.get_abstract_mesh().manual_axes:
         # In shards a gradient may vary over axes that only the other operand varies over: zeros of each make their types alike first.
         x, w = (a + jnp.where(False, b.ravel()[0], 0).astype(a.dtype) for a, b in ((x, w), (w, x)))
-    return checkpoint_name(_product(equation, x, w.astype(x.dtype)), "product")
+    out = checkpoint_name(_product(equation, x, w.astype(x.dtype)), "product")
+    return checkpoint_name(out, site) if site else out
 
 
 def _multiply(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -154,11 +158,11 @@ def make_einsum(numerics: Numerics, ranges: Ranges) -> Einsum:
         axes = contracted_axes(equation)
         if is_qtensor(w):
             if format is None:
-                return plain_einsum(equation, x, dequantize(w))
+                return plain_einsum(equation, x, dequantize(w), site=site)
             return packed_einsum(equation, encode_activation(x, axes, format, ranges, site), w).astype(x.dtype)
         if format is not None:
             x = fake_activation(x, axes, format, ranges, site)
-        return plain_einsum(equation, x, w)
+        return plain_einsum(equation, x, w, site=site)
 
     return einsum
 

@@ -87,12 +87,6 @@ def chunked_head(
     return call(_vary(hidden_ND, vocab_only), head, rows, extras)
 
 
-def rows_at_once(chunk: int, vocab: int, width: int) -> int:
-    """Rows of a chunk, where besides its logits the rows that `width` / D devices work on are gathered: what both take is at most the logits of `chunk`."""
-    fitting = max(1, chunk * vocab // (vocab + width))
-    return 1 << (fitting.bit_length() - 1)
-
-
 def _without(axes: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(axis for axis in axes if axis not in others)
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,16 +37,16 @@ def attend(
     run = _kernel(q_BTHC.shape[1], q_BTHC.shape[2], mask, interpret)
     scaled = q_BTHC * jnp.asarray(q_BTHC.shape[-1] ** -0.5, q_BTHC.dtype)
     heads_first = (x.swapaxes(1, 2) for x in (scaled, k_BSKC, v_BSKC))
-    out_BTHC = jax.vmap(run)(*heads_first, kernel.SegmentIds(segments_BT, segments_BT)).swapaxes(1, 2)
+    out_BHTC: Any = jax.vmap(run)(*heads_first, kernel.SegmentIds(segments_BT, segments_BT))
     # To the kernel padding is a document like any other.
-    return jnp.where(segments_BT[..., None, None] > 0, out_BTHC, 0)
+    return jnp.where(segments_BT[..., None, None] > 0, out_BHTC.swapaxes(1, 2), 0)
 
 
 def _kernel(length: int, heads: int, mask: Mask, interpret: bool) -> kernel.SplashAttentionKernel:
     """The kernel of one row. Its name for what it keeps is the one the other forms use, so remat policies see it too."""
     size = next(block for block in BLOCKS if length % block == 0)
     # The fused backward kernel would keep a query gradient for every block of keys: length / 512 times the memory.
-    blocks = {f"block_{name}": size for name in ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")}
+    blocks: Any = {f"block_{name}": size for name in ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")}
     square = (length, length)
     seen = masks.CausalMask(square) if mask.window is None else masks.LocalMask(square, (mask.window - 1, 0), 0)
     return kernel.make_splash_mha(

@@ -13,12 +13,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lmeff.core.batch import Batch
 from lmeff.core.dims import shape
-from lmeff.core.errors import ConfigError
 from lmeff.core.numerics import is_qtensor
 from lmeff.core.ops import MakeOps, Ops, Ranges, Records
 from lmeff.core.specs import ParamSpec
 from lmeff.core.tree import Tree
 from lmeff.models.config import ModelConfig
+from lmeff.models.remat import parse, wrapper
 
 View = Callable[[Any, Any], Any]
 
@@ -198,6 +198,7 @@ def forward(
     ranges: Ranges | None = None,
     remat: str = "none",
     unroll: int = 1,
+    enter: Callable[[Any, jax.Array], Any] = lambda weights, index: weights,
     compute_dtype: Any = jnp.float32,
     output_dtype: Any = None,
 ) -> Output:
@@ -206,8 +207,9 @@ def forward(
     params:     arrays, or packed leaves (`QTensor`).
     view:       how weights are seen, `(subtree, its state) -> subtree`; inside the scan, so no second copy of the weights exists.
     ranges:     calibrated activation ranges by site, [L, 2] for sites of the block and [2] for the head; None when nothing is calibrated.
-    remat:      what the backward pass keeps: "none" (all), "dots", "names" (attention outputs and ffn hidden states) or "full" (nothing).
+    remat:      what the backward pass keeps, as `models.remat` reads it; not a budget.
     unroll:     layers in one turn of the scan's loop; changes time and program size, no result.
+    enter:      `(weights, index of the layer) -> weights`, what they pass on their way into the block (`Layout.pinned`); changes memory, no result.
     output_dtype: of the last hidden state, rounded once from float32; None is the compute dtype.
     """
 
@@ -215,7 +217,8 @@ def forward(
         return _cast(view(params[key], substate(view_state, key)), compute_dtype)
 
     def step(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, Records]:
-        p, state, layer_ranges = layer
+        p, state, layer_ranges, index = layer
+        p = enter(p, index)
         scope = make_ops(layer_ranges)
         return block(x_BTD, _cast(view(p, state), compute_dtype), batch, cfg, scope.ops), scope.close()
 
@@ -224,8 +227,9 @@ def forward(
     embed = seen("embed")
     x_BTD = outer.ops.embed(embed["table"], batch.tokens).astype(compute_dtype)
     x_BTD = outer.ops.place(x_BTD, "BTD")
-    layers = (params["blocks"], substate(view_state, "blocks"), _block_ranges(ranges))
-    x_BTD, records = jax.lax.scan(remat_policy(remat)(step), x_BTD, layers, unroll=min(unroll, cfg.layers))
+    layers = (params["blocks"], substate(view_state, "blocks"), _block_ranges(ranges), jnp.arange(cfg.layers))
+    kept = wrapper(parse(remat, sites(cfg)))
+    x_BTD, records = jax.lax.scan(kept(step), x_BTD, layers, unroll=min(unroll, cfg.layers))
     hidden_BTD = normalize(x_BTD.astype(jnp.float32), seen("final_norm"), cfg).astype(output_dtype or compute_dtype)
     head = embed["table"] if cfg.tied else seen("head")["w"]
     return Output(hidden_BTD, head, head_ranges, {**{f"blocks/{k}": v for k, v in records.items()}, **outer.close()})
@@ -260,22 +264,3 @@ def _block_ranges(ranges: Ranges | None) -> dict[str, jax.Array]:
 
 def _outer_ranges(ranges: Ranges | None) -> dict[str, jax.Array]:
     return {site: value for site, value in (ranges or {}).items() if site == "head"}
-
-
-def remat_policy(name: str) -> Callable[[Any], Any]:
-    """A wrapper of the scanned block by name."""
-    if name not in REMAT:
-        raise ConfigError(f"train.remat: got '{name}', expected one of {sorted(REMAT)}")
-    return REMAT[name]
-
-
-def _checkpoint(policy: Any) -> Callable[[Any], Any]:
-    return lambda fn: jax.checkpoint(fn, policy=policy, prevent_cse=False)
-
-
-REMAT: dict[str, Callable[[Any], Any]] = {
-    "none": lambda fn: fn,
-    "dots": _checkpoint(jax.checkpoint_policies.save_only_these_names("product")),
-    "names": _checkpoint(jax.checkpoint_policies.save_only_these_names("attn_out", "mlp_hidden")),
-    "full": _checkpoint(jax.checkpoint_policies.nothing_saveable),
-}

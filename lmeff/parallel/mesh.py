@@ -153,6 +153,17 @@ class Layout:
         alone = self.single and self.platform == "cpu"
         return 8 if alone and remat == "none" else 1
 
+    def pinned(self, weights: Any, index: jax.Array) -> Any:
+        """A layer's weights as a loop hands them over, on TPUs made to depend on the layer's index.
+
+        XLA would else cast the weights of all layers at once, before the loop: a second copy of the parameters for as long as the loop runs. An
+        optimization barrier does not keep it from that. The sum is part of the cast and costs nothing.
+        """
+        if self.platform != "tpu":
+            return weights
+        zero = jnp.minimum(index, 0)
+        return jax.tree.map(lambda w: w + zero.astype(w.dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w, weights)
+
     def partition(self, letters: str, shape: Sequence[int] | None = None) -> P:
         """The partition of a tensor by its letters. With a shape, a dim is cut over as many of its axes as divide it."""
         taken: dict[int, tuple[str, ...]] = {}
@@ -233,7 +244,8 @@ def abstract_batch(rows: int, tokens: int, layout: Layout) -> Batch:
     def leaf(dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((rows, tokens), dtype, sharding=layout.sharding("BS", (rows, tokens)))
 
-    return Batch(*[leaf(jnp.int32)] * 4, leaf(jnp.float32))
+    ids = leaf(jnp.int32)
+    return Batch(ids, ids, ids, ids, leaf(jnp.float32))
 
 
 def parameter_shardings(specs: Tree, layout: Layout) -> dict[str, NamedSharding]:

@@ -14,9 +14,11 @@ from lmeff.config.validate import validate
 from lmeff.core.errors import CheckpointError
 from lmeff.core.extras import require
 from lmeff.core.files import write_text
+from lmeff.core.precision import parse
 from lmeff.data.loader import build
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
+from lmeff.parallel.leaves import leaf_table, warn
 from lmeff.parallel.mesh import make_layout
 from lmeff.recipe.artifact import Artifact, load, save
 from lmeff.recipe.stage import Workshop, recipe_of, run_stage
@@ -75,6 +77,8 @@ def open_workshop(
     layout = make_layout(experiment.mesh)
     mesh = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
     console.print(f"mesh: {mesh} on {jax.devices()[0].device_kind}", highlight=False)
+    for cfg in dict.fromkeys(shapes.values()):
+        warn(leaf_table(param_specs(cfg), layout, parse(experiment.precision).params), console)
     return Workshop(
         experiment=experiment, shapes=shapes, corpus=corpus, layout=layout, directory=directory, resume=resume
     )

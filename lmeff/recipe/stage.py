@@ -21,6 +21,7 @@ from lmeff.data.loader import Corpus
 from lmeff.distill.objectives import Distill, Projection, head_objective
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
+from lmeff.parallel.activations import choose
 from lmeff.parallel.mesh import Layout, shardings
 from lmeff.recipe.artifact import Artifact, Recipe
 from lmeff.recipe.measure import held_out
@@ -184,7 +185,9 @@ def _trained(
     teacher = earlier[stage.distill.teacher] if stage.distill else None
     optim, steps = stage.optim or shop.experiment.optim, shop.experiment.steps(stage)
     rt = runtime(shop, start, optim, steps, stage.distill, teacher)
-    state = create_state(start.params, rt.specs, rt.compression, rt.tx, shop.layout, ema=rt.ema is not None)
+    state = create_state(
+        start.params, rt.specs, rt.compression, rt.tx, shop.layout, ema=rt.ema is not None, offload=rt.offload
+    )
     if start.state is not None:
         trainable = Trainable(state.trainable.params, start.state.trainable)
         state = state._replace(trainable=trainable, auxiliary=start.state.auxiliary)
@@ -229,6 +232,7 @@ def runtime(
     specs = param_specs(start.cfg)
     compression = start.recipe.compression
     projection = Projection(start.cfg, start.recipe.numerics)
+    rows = config.batch // config.accumulate
     teacher_model = None if teacher is None else Model(teacher.cfg, teacher.recipe.numerics)
     teacher_head = None if teacher is None else Projection(teacher.cfg, teacher.recipe.numerics)
     return Runtime(
@@ -241,8 +245,9 @@ def runtime(
         layout=shop.layout,
         policy=shop.policy,
         accumulate=config.accumulate,
-        remat=config.remat,
+        remat=choose(config.remat, start.cfg, shop.layout, rows, shop.experiment.data.sequence, shop.policy.compute),
         ema=optim.ema,
+        offload=optim.offload,
     )
 
 

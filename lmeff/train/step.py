@@ -21,9 +21,10 @@ from lmeff.models.transformer import Output, View, forward, identity_view, param
 from lmeff.parallel.mesh import Layout, partitions, shardings
 from lmeff.parallel.region import accumulated, gradient, regional
 from lmeff.parallel.seam import layout_ops
+from lmeff.parallel.tiles import row_major
 from lmeff.train.loss_scale import PATIENCE, current_scale, find
 from lmeff.train.optim import ema_update
-from lmeff.train.state import Trainable, TrainState
+from lmeff.train.state import Trainable, TrainState, on_host
 
 Metrics = dict[str, jax.Array]
 
@@ -49,6 +50,7 @@ class Model(NamedTuple):
             ranges=ranges,
             remat=remat,
             unroll=layout.layers_at_once(remat),
+            enter=layout.pinned,
             compute_dtype=policy.compute,
             output_dtype=policy.output,
         )
@@ -69,6 +71,7 @@ class Runtime:
     accumulate: int = 1
     remat: str = "none"
     ema: float | None = None
+    offload: bool = False
 
 
 class Frozen(NamedTuple):
@@ -87,11 +90,12 @@ def make_train_step(rt: Runtime) -> Callable[[TrainState, Batch, Frozen], tuple[
     """The step `(state, batch, frozen) -> (state, metrics)`, to be jitted with the state donated."""
 
     def step(state: TrainState, batch: Batch, frozen: Frozen) -> tuple[TrainState, Metrics]:
+        state = move_moments(rt, state, to_host=False)
         scaled, scale = find(state.opt) is not None, current_scale(state.opt)
         grads, sums = gradients(rt, state.trainable, state.auxiliary, batch, frozen, scale)
         if scaled:
             grads = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads)
-        grads = place_gradients(rt, grads)
+        grads = row_major(place_gradients(rt, grads), rt.specs, rt.layout)
         updates, opt = rt.tx.update(grads, state.opt, state.trainable)
         trainable: Any = optax.apply_updates(state.trainable, updates)
         auxiliary = rt.compression.update(
@@ -100,9 +104,23 @@ def make_train_step(rt: Runtime) -> Callable[[TrainState, Batch, Frozen], tuple[
         ema = None if rt.ema is None else ema_update(state.ema, trainable, rt.ema)
         metrics = {**sums, "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
         made = TrainState(trainable, opt, auxiliary, ema, state.step + 1)
-        return skip_overflow(state, made, metrics) if scaled else (made, metrics)
+        if scaled:
+            made, metrics = skip_overflow(state, made, metrics)
+        return move_moments(rt, made, to_host=True), metrics
 
     return step
+
+
+def move_moments(rt: Runtime, state: TrainState, *, to_host: bool) -> TrainState:
+    """Where the optimizer's state is offloaded: its arrays to the host's memory, or to the device's."""
+    if not rt.offload:
+        return state
+    places = shardings(state.opt, rt.specs, rt.layout.of_optimizer)
+    if to_host:
+        places = on_host(state.opt, places)
+    else:
+        places = jax.tree.map(lambda place: place.with_memory_kind("device"), places)
+    return state._replace(opt=jax.device_put(state.opt, places))
 
 
 def place_gradients(rt: Runtime, grads: Trainable) -> Trainable:
