@@ -5,6 +5,7 @@ Logs go to stderr under `--json`, which leaves one JSON object on stdout. Exit c
 
 import json
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,11 @@ from lmeff.config.validate import validate
 from lmeff.core.errors import UsageError, UserError
 from lmeff.core.files import write_text
 from lmeff.core.precision import parse
+from lmeff.launch import Machine, launch, simulate_devices, this_command
 from lmeff.models.config import ModelConfig
-from lmeff.models.transformer import param_specs
-from lmeff.parallel.devices import simulate_cpu
+from lmeff.parallel import processes
 from lmeff.parallel.drawing import print_schedule
-from lmeff.parallel.leaves import leaf_table, print_leaves
+from lmeff.parallel.leaves import print_stages
 from lmeff.parallel.mesh import make_layout
 from lmeff.parallel.schedule_csv import from_csv, to_csv
 from lmeff.parallel.schedules import build
@@ -50,13 +51,13 @@ class Run:
 
     Attributes:
         config: a Python file whose experiment() returns the config.
-        devices: force so many simulated CPU devices.
+        machine: what it runs on.
         resume: go on with the run in its folder; --no-resume refuses where there is one.
         json: print one JSON object on stdout and logs on stderr.
     """
 
     config: tyro.conf.Positional[Path]
-    devices: int | None = None
+    machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()  # noqa: RUF009 -- frozen
     resume: bool = True
     json: tyro.conf.FlagCreatePairsOff[bool] = False
 
@@ -68,14 +69,14 @@ class Train:
     Attributes:
         config: a Python file whose experiment() returns the config.
         stage: the stage's name; the only one may be left out.
-        devices: force so many simulated CPU devices.
+        machine: what it runs on.
         resume: go on with the run in its folder; --no-resume refuses where there is one.
         json: print one JSON object on stdout and logs on stderr.
     """
 
     config: tyro.conf.Positional[Path]
     stage: str | None = None
-    devices: int | None = None
+    machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()  # noqa: RUF009 -- frozen
     resume: bool = True
     json: tyro.conf.FlagCreatePairsOff[bool] = False
 
@@ -88,14 +89,14 @@ class Eval:
         run: the folder of a run.
         artifact: names of artifacts; all that are done where none is named.
         text: files or folders of other text to measure on, read with the run's tokenizer.
-        devices: force so many simulated CPU devices.
+        machine: what it runs on.
         json: print one JSON object on stdout and logs on stderr.
     """
 
     run: tyro.conf.Positional[Path]
     artifact: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
-    devices: int | None = None
+    machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()  # noqa: RUF009
     json: tyro.conf.FlagCreatePairsOff[bool] = False
 
 
@@ -164,12 +165,12 @@ class Doctor:
 
 
 def _run(command: Run, overrides: Sequence[str], console: Console) -> Json:
-    experiment, sources = _experiment(command.config, overrides, command.devices)
+    experiment, sources = _experiment(command.config, overrides)
     return run(experiment, sources=sources, resume=command.resume, console=console).to_json()
 
 
 def _train(command: Train, overrides: Sequence[str], console: Console) -> Json:
-    experiment, sources = _experiment(command.config, overrides, command.devices)
+    experiment, sources = _experiment(command.config, overrides)
     if command.stage is None and len(experiment.recipe) > 1:
         raise UsageError(
             f"train: the recipe has several stages; expected --stage, one of {[s.name for s in experiment.recipe]}"
@@ -180,7 +181,6 @@ def _train(command: Train, overrides: Sequence[str], console: Console) -> Json:
 
 def _eval(command: Eval, overrides: Sequence[str], console: Console) -> Json:
     experiment = override(read(command.run), overrides, prog="lmeff eval RUN")
-    _simulate(command.devices)
     return evaluate(experiment, command.run, names=command.artifact, text=command.text, console=console)
 
 
@@ -195,25 +195,18 @@ def _report(command: MakeReport, overrides: Sequence[str], console: Console) -> 
 
 
 def _show(command: ShowConfig, overrides: Sequence[str], console: Console) -> Json:
-    experiment, sources = _experiment(command.config, overrides, command.devices)
-    shapes = {} if command.devices is None else validate(experiment, command.devices)
+    experiment, sources = _experiment(command.config, overrides)
+    shapes: Mapping[str, ModelConfig] = {}
+    if command.devices is not None:
+        simulate_devices(command.devices)
+        shapes = validate(experiment, command.devices)
     for path, value in flat_values(experiment):
         console.print(f"{path} = {value!r}  [dim]({sources[path]})[/dim]", highlight=False, soft_wrap=True)
     answer: Json = {"config": to_json(experiment), "origins": sources}
-    return answer | {"leaves": _leaves(experiment, shapes, console)} if shapes else answer
-
-
-def _leaves(experiment: Experiment, shapes: Mapping[str, ModelConfig], console: Console) -> Json:
-    """Prints where the parameters of each shape of model lie; rows by the first stage that has it."""
+    if not shapes:
+        return answer
     layout, dtype = make_layout(experiment.mesh), parse(experiment.precision).params
-    rows: Json = {}
-    for cfg in dict.fromkeys(shapes.values()):
-        stage = next(name for name, own in shapes.items() if own == cfg)
-        leaves = leaf_table(param_specs(cfg), layout, dtype)
-        console.print(f"stage '{stage}'", highlight=False)
-        print_leaves(leaves, console)
-        rows[stage] = [leaf._asdict() for leaf in leaves]
-    return rows
+    return answer | {"leaves": print_stages(shapes, layout, dtype, console)}
 
 
 def _schedule(command: ShowSchedule, overrides: Sequence[str], console: Console) -> Json:
@@ -244,21 +237,11 @@ def _doctor(command: Doctor, overrides: Sequence[str], console: Console) -> Json
     return {"checks": [check._asdict() for check in checks]}
 
 
-def _experiment(path: Path, overrides: Sequence[str], devices: int | None) -> tuple[Experiment, dict[str, str]]:
+def _experiment(path: Path, overrides: Sequence[str]) -> tuple[Experiment, dict[str, str]]:
     """The experiment of a file with overrides, and the origin of each value."""
     from_file = load_experiment(path)
     experiment = override(from_file, overrides, prog=f"lmeff run {path}")
-    _simulate(devices)
     return experiment, origins(experiment, from_file, str(path))
-
-
-def _simulate(devices: int | None) -> None:
-    """Forces simulated CPU devices; works until JAX has looked for devices."""
-    if devices is None:
-        return
-    if devices < 1:
-        raise UsageError(f"--devices: got {devices}, expected at least 1")
-    simulate_cpu(devices)
 
 
 def _refuse(arguments: Sequence[str], command: str) -> None:
@@ -290,26 +273,47 @@ DESCRIPTION = f"lmeff {__version__}: efficient language models in JAX. Every com
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and gives its exit code."""
+    """Runs a command and gives its exit code; where it is one of several processes and fails, the process ends here."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in words
     try:
-        _help_on_settings(words)
-        command, overrides = tyro.cli(
-            Command, prog="lmeff", description=DESCRIPTION, args=words, return_unknown_args=True
-        )  # type: ignore[call-overload]
-        console = Console(stderr=as_json)
-        handler = next(handler for kind, handler in COMMANDS.values() if isinstance(command, kind))
-        answer = handler(command, overrides, console)
+        return _main(words, as_json)
     except UserError as error:
         return _failed(str(error), error.exit_code, as_json)
     except SystemExit as stop:  # tyro has told what is wrong on stderr
         return _failed("", 2, as_json) if stop.code else 0
     except KeyboardInterrupt:
         return _failed("interrupted; the same command goes on from the last checkpoint", 130, as_json)
-    if as_json:
+    except Exception:
+        if processes.launched() is None and not processes.joined():
+            raise
+        return _failed(f"failed\n{traceback.format_exc()}", 1, as_json)
+
+
+def _main(words: list[str], as_json: bool) -> int:
+    _help_on_settings(words)
+    command, overrides = tyro.cli(Command, prog="lmeff", description=DESCRIPTION, args=words, return_unknown_args=True)  # type: ignore[call-overload]
+    machine = getattr(command, "machine", Machine())
+    copies = machine.copies
+    if copies > 1:
+        _check(command, overrides, machine)
+        launch(this_command(words), copies)
+        return 0
+    machine.prepare()
+    console = Console(stderr=as_json, quiet=not processes.leads())
+    handler = next(handler for kind, handler in COMMANDS.values() if isinstance(command, kind))
+    answer = handler(command, overrides, console)
+    processes.sync("end")
+    if as_json and processes.leads():
         print(json.dumps(answer))
     return 0
+
+
+def _check(command: Any, overrides: Sequence[str], machine: Machine) -> None:
+    """What can be known to be wrong before processes are started."""
+    if isinstance(command, Run | Train):
+        experiment, _ = _experiment(command.config, overrides)
+        validate(experiment, machine.devices or 1)
 
 
 def _help_on_settings(words: Sequence[str]) -> None:
@@ -320,10 +324,14 @@ def _help_on_settings(words: Sequence[str]) -> None:
 
 
 def _failed(message: str, exit_code: int, as_json: bool) -> int:
+    if processes.launched() is not None:
+        processes.leave(message, exit_code)  # the launcher tells it
     if message:
         print(f"lmeff: {message}", file=sys.stderr)
     if as_json:
         print(json.dumps({"error": message or "usage", "exit_code": exit_code}))
+    if processes.joined():
+        processes.leave("", exit_code)
     return exit_code
 
 

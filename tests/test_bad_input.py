@@ -11,6 +11,18 @@ OPTIONS = {
     "mesh product": (["--mesh.data", "3"], 3, ["mesh", "3", "8 devices"]),
     "degree below one": (["--mesh.fsdp", "0"], 3, ["mesh.fsdp", "got 0", "at least 1"]),
     "heads do not divide": (["--mesh.tensor", "8"], 3, ["over tensor = 8", "evenly"]),
+    "form of context parallelism": (["--mesh.sequence", "rings"], 3, ["mesh.sequence", "'rings'", "ring", "ulysses"]),
+    "ring in a pipeline": (["--mesh.context", "2", "--mesh.pipe", "2"], 3, ["mesh.sequence", "'ring'", "'gather'"]),
+    "sequence over context": (
+        ["--mesh.context", "8", "--data.sequence", "40"],
+        3,
+        ["data.sequence", "40 tokens", "2 x mesh.context = 16", "32 or 48"],
+    ),
+    "heads over context": (
+        ["--mesh.context", "8", "--mesh.sequence", "ulysses"],
+        3,
+        ["4 query heads", "mesh.tensor x mesh.context = 1 x 8", "'gather'"],
+    ),
     "batch does not divide": (["--train.batch", "12"], 3, ["train.batch", "got 12", "multiple"]),
     "accumulation does not divide": (["--train.accumulate", "3"], 3, ["train.batch", "accumulate"]),
     "evaluation batch": (["--evaluate.batch", "3"], 3, ["evaluate.batch", "got 3"]),
@@ -215,3 +227,12 @@ def test_config_show_tells_origins(text, tmp_path):
     assert origins["train.batch"] == str(config)
     assert origins["optim.b1"] == "default"
     assert shown["config"]["optim"]["learning_rate"] == 0.5
+
+
+def test_config_show_tells_where_parameters_lie(text, tmp_path):
+    config = write_config(tmp_path, text)
+    shown = lmeff_json("config", "show", config, "--devices", "8", "--mesh.fsdp", "4", "--mesh.tensor", "2")
+    rows = {row["path"]: row for row in shown["leaves"]["teacher"]}
+    assert rows["embed/table"]["partition"] == "tensor,fsdp"
+    assert rows["embed/table"]["bytes"] * 8 == 4 * 264 * 32
+    assert rows["final_norm/scale"]["copies"] == 2

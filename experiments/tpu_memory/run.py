@@ -24,10 +24,10 @@ from lmeff.distill.objectives import Projection, head_objective
 from lmeff.models.config import preset
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.devices import topology
-from lmeff.parallel.mesh import MeshPlan, abstract_batch, make_layout
+from lmeff.parallel.mesh import MeshPlan, make_layout
 from lmeff.train.loop import compile_step
 from lmeff.train.optim import OptimConfig, make_optimizer
-from lmeff.train.state import abstract_state
+from lmeff.train.state import abstract_batch, abstract_state
 from lmeff.train.step import Frozen, Model, Runtime
 
 BARS = {"v5e:4x4": 6.1, "v5p:4x4x4": 5.2, "v5e:16x16": 5.1}  # GiB of temporaries a chip
@@ -56,13 +56,12 @@ def measure(name: str, shape: str) -> dict[str, Any]:
     state = abstract_state(specs, compression, rt.tx, layout)
     began = time.perf_counter()
     memory = compile_step(rt, state, abstract_batch(len(devices), TOKENS, layout), Frozen()).memory_analysis()
-    total = getattr(memory, "total_allocation_bytes", None)  # newer jax only
     return {
         "topology": name,
         "shape": shape,
         "arguments_gib": round(memory.argument_size_in_bytes / GIB, 3),
         "temporary_gib": round(memory.temp_size_in_bytes / GIB, 3),
-        "reserved_gib": None if total is None else round((total - memory.argument_size_in_bytes) / GIB, 3),
+        "peak_gib": round((memory.peak_memory_in_bytes - memory.argument_size_in_bytes) / GIB, 3),
         "compile_seconds": round(time.perf_counter() - began),
         "versions": {p: version(p) for p in ("jax", "libtpu")} | {"python": sys.version.split()[0]},
     }
@@ -77,14 +76,14 @@ def main() -> None:
     parser.add_argument("--shape", default="llama3_8b", help="a preset")
     parser.add_argument("--json", type=Path, help="file to append a line of results to for each topology")
     args = parser.parse_args()
-    table = Table("topology", "arguments GiB", "temporaries GiB", "bar", "reserved GiB", "compile s")
+    table = Table("topology", "arguments GiB", "temporaries GiB", "bar", "peak above arguments GiB", "compile s")
     for name in args.topology or BARS:
         row = measure(name, args.shape)
         table.add_row(
             name,
             *(str(row[key]) for key in ("arguments_gib", "temporary_gib")),
             str(BARS.get(name, "-")),
-            *(str(row[key]) for key in ("reserved_gib", "compile_seconds")),
+            *(str(row[key]) for key in ("peak_gib", "compile_seconds")),
         )
         if args.json:
             with args.json.open("a") as file:

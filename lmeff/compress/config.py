@@ -14,7 +14,9 @@ from lmeff.core.numerics import parse_format
 from lmeff.core.specs import ParamSpec, resolve
 from lmeff.core.tree import Tree, flatten
 
-MATRICES = "blocks/(attn/w[qkvo]|mlp/(up|gate|down))"  # every weight of a block's matrix products
+MATRICES = (
+    "blocks/(attn/w[qkvo]|(mlp|moe|moe/shared)/(up|gate|down))"  # every weight of a block's matrix products but routers
+)
 
 
 @dataclass(frozen=True, kw_only=True)

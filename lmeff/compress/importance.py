@@ -26,7 +26,8 @@ from lmeff.parallel.seam import layout_ops
 class Scores(NamedTuple):
     """Importance on the host; only the order within an array means something.
 
-    neurons: [L, F]. heads: [L, H], to rank query heads within their group. groups: [L, K], key-value heads with their queries. layers: [L].
+    neurons: [L, F]; [L, 0] where experts take the place of the ffn. heads: [L, H], to rank query heads within their group.
+    groups: [L, K], key-value heads with their queries. layers: [L].
     """
 
     neurons: np.ndarray
@@ -70,7 +71,7 @@ def _activation(cfg: ModelConfig, params: Any, batches: Iterable[Batch], layout:
         raise DataError("importance: no batch has a token outside padding; give more text or raise calibration_batches")
     heads = np.sqrt(sums["blocks/attn.heads"].sum(-1))  # L2 over the head's channels
     return Scores(
-        neurons=np.sqrt(sums["blocks/mlp.neurons"]),
+        neurons=np.sqrt(sums["blocks/mlp.neurons"]) if cfg.moe is None else _no_neurons(cfg),
         heads=heads,
         groups=_by_group(heads, cfg),
         layers=sums["blocks/block.out"] / tokens,
@@ -120,11 +121,12 @@ def _magnitude(cfg: ModelConfig, params: Any, batches: Iterable[Batch], layout: 
     specs = flatten(param_specs(cfg))
 
     def energies(params: Any) -> dict[str, jax.Array]:
-        sums: dict[str, Any] = dict.fromkeys("FHKL", 0.0)
+        own = "FHK" if cfg.moe is None else "HK"
+        sums: dict[str, Any] = dict.fromkeys(own + "L", 0.0)
         for path, w in flatten(materialize(params)).items():
             letters = specs[path].letters
-            for letter in [c for c in "FHK" if c in letters] + ["L"] * (specs[path].stacked and specs[path].is_matmul):
-                axes = tuple(i for i, own in enumerate(letters) if own not in ("L", letter))
+            for letter in [c for c in own if c in letters] + ["L"] * (specs[path].stacked and specs[path].is_matmul):
+                axes = tuple(i for i, other in enumerate(letters) if other not in ("L", letter))
                 sums[letter] += jnp.square(w.astype(jnp.float32)).sum(axes)
         return sums
 
@@ -133,7 +135,7 @@ def _magnitude(cfg: ModelConfig, params: Any, batches: Iterable[Batch], layout: 
     )
     heads = np.sqrt(found["H"])
     return Scores(
-        neurons=np.sqrt(found["F"]),
+        neurons=np.sqrt(found["F"]) if cfg.moe is None else _no_neurons(cfg),
         heads=heads,
         groups=np.sqrt(found["K"] + _by_group(heads, cfg) ** 2),
         layers=np.sqrt(found["L"]),
@@ -148,7 +150,11 @@ def _random(cfg: ModelConfig, params: Any, batches: Iterable[Batch], layout: Lay
 
 def _shapes(cfg: ModelConfig) -> Scores:
     layers = cfg.layers
-    return Scores((layers, cfg.ffn), (layers, cfg.heads), (layers, cfg.kv_heads), (layers,))  # type: ignore[arg-type]
+    return Scores((layers, cfg.ffn if cfg.moe is None else 0), (layers, cfg.heads), (layers, cfg.kv_heads), (layers,))  # type: ignore[arg-type]
+
+
+def _no_neurons(cfg: ModelConfig) -> np.ndarray:
+    return np.zeros((cfg.layers, 0))
 
 
 def _by_group(heads_LH: np.ndarray, cfg: ModelConfig) -> np.ndarray:

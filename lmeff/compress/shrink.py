@@ -28,7 +28,7 @@ from lmeff.parallel.mesh import Layout, shardings
 class ShrinkConfig:
     """The shape to cut down to, in absolute sizes; None leaves a size alone.
 
-    ffn:                 neurons kept in each layer.
+    ffn:                 neurons kept in each layer; not of experts, which are not cut.
     kv_heads:            key-value heads kept in each layer, each with its query heads.
     queries:             query heads kept for each key-value head.
     layers:              layers kept.
@@ -65,6 +65,11 @@ class ShrinkConfig:
 
     def apply(self, cfg: ModelConfig) -> ModelConfig:
         """The shape after shrinking; raises `ConfigError` where a target is not smaller than what the model has."""
+        if cfg.moe is not None and self.ffn is not None:
+            raise ConfigError(
+                f"shrink.ffn: got {self.ffn} for a model with {cfg.moe.experts} experts in each layer, whose neurons lmeff does not rank; expected None. "
+                "Cut layers or heads, or prune the experts' weights with compress."
+            )
         has = {"ffn": cfg.ffn, "kv_heads": cfg.kv_heads, "queries": cfg.sizes["G"], "layers": cfg.layers}
         for name, target in self.targets.items():
             if target is not None and not 1 <= target < has[name]:

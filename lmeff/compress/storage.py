@@ -10,6 +10,7 @@ import numpy as np
 
 from lmeff.core.numerics import QTensor, dequantize, is_qtensor, stored_bits
 from lmeff.core.tree import Tree, flatten
+from lmeff.parallel.processes import whole
 
 CONVENTION = (
     "stored size: every number of every leaf. Codes of 2 to 4 bits take a slot of 4 and those of 5 to 8 bits a slot of 8; scales take 32 bits and zero "
@@ -78,7 +79,7 @@ def _nonzero(leaf: Any) -> jax.Array:
 def _total(nonzero: jax.Array) -> int:
     """Counted by rows and summed on the host: a whole model has more weights than int32 can count."""
     rows = jnp.sum(nonzero, axis=tuple(range(1, nonzero.ndim)), dtype=jnp.int32)
-    return int(np.sum(np.asarray(rows), dtype=np.int64))
+    return int(np.sum(whole(rows), dtype=np.int64))
 
 
 def _in_groups(nonzero: jax.Array, sparse: Sparse) -> jax.Array:

@@ -12,6 +12,7 @@ from lmeff.models.config import ModelConfig
 from lmeff.models.remat import parse as parse_remat
 from lmeff.models.transformer import param_specs, sites
 from lmeff.parallel.mesh import BATCH_AXES, indivisible
+from lmeff.parallel.order import check_tokens
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -22,6 +23,7 @@ def validate(experiment: Experiment, devices: int) -> dict[str, ModelConfig]:
     parse(experiment.precision)
     degrees = experiment.mesh.degrees(devices)
     _check_batches(experiment, degrees)
+    check_tokens("data.sequence", experiment.mesh.sequence, experiment.data.sequence, degrees["context"])
     seen: dict[str, ModelConfig] = {}
     packed: set[str] = set()
     for position, stage in enumerate(experiment.recipe):
@@ -87,10 +89,21 @@ def _check_shape(experiment: Experiment, stage: Stage, cfg: ModelConfig, degrees
             f"{where}: the model has a vocabulary of {cfg.vocab} and the tokenizer '{experiment.data.tokenizer}' makes {needed} ids; "
             f"expected at least as many. Set model.vocab to {needed} or more."
         )
+    if cfg.moe is not None and degrees["pipe"] > 1:
+        raise ConfigError(
+            f"{where}: mesh.pipe: got {degrees['pipe']} for a model with experts, expected 1: what routers cost is not yet added up over stages. "
+            "Cut experts over mesh.expert and weights over mesh.fsdp instead."
+        )
     problems = indivisible(param_specs(cfg), degrees)
     if problems:
         raise ConfigError(
             f"{where}: the mesh cannot cut {' and '.join(problems)} evenly; expected divisors. Change the degree or the model's size."
+        )
+    ways = degrees["tensor"] * degrees["context"]
+    if experiment.mesh.sequence == "ulysses" and cfg.heads % ways:
+        raise ConfigError(
+            f"{where}: got {cfg.heads} query heads, expected a multiple of mesh.tensor x mesh.context = {degrees['tensor']} x {degrees['context']}: "
+            "mesh.sequence 'ulysses' gives every device whole heads. Set mesh.sequence to 'ring' or 'gather', or lower mesh.context."
         )
 
 

@@ -1,7 +1,7 @@
 """The seam: everything the model may do to tensors that numerics, sharding or a measurement could want to change.
 
-The model calls `ops.einsum`, `ops.attend`, `ops.place`, `ops.embed` and `ops.tap`, and nothing else knows about activation
-quantization, packed weights, meshes or recording. `forward` receives a `MakeOps`, opens it once per traced scope (once for
+The model calls `ops.einsum`, `ops.experts`, `ops.attend`, `ops.place`, `ops.embed`, `ops.tap` and `ops.keep`, and nothing else knows about
+activation quantization, packed weights, meshes or recording. `forward` receives a `MakeOps`, opens it once per traced scope (once for
 the scanned block), and returns what it recorded as an output of the scan: no global lists, so no leaked tracers.
 """
 
@@ -13,7 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lmeff.core.batch import Batch
 from lmeff.core.dims import contracted, split_einsum
+from lmeff.core.exchange import Exchange, ExpertLayer, Routed, Spread, on_one_device
+from lmeff.core.grouped import Rows, alike, grouped_product
 from lmeff.core.numerics import (
     QFormat,
     QTensor,
@@ -37,21 +40,49 @@ class Einsum(Protocol):
     def __call__(self, equation: str, x: jax.Array, w: Any, *, site: str) -> jax.Array: ...
 
 
+class Grouped(Protocol):
+    """`grouped(equation, x, w, rows, site=...)`: rows sorted by group times the matrix of their group, `"ND,EDF->NF"`."""
+
+    def __call__(self, equation: str, x: jax.Array, w: Any, rows: Rows, *, site: str) -> jax.Array: ...
+
+
+class Products(NamedTuple):
+    """The products of code that runs on one device's shards."""
+
+    einsum: Einsum
+    grouped: Grouped
+
+
+class Experts(Protocol):
+    """`experts(layer, x_BTD, batch, weights)` runs an `ExpertLayer` where the experts are."""
+
+    def __call__(
+        self, layer: ExpertLayer, x_BTD: jax.Array, batch: Batch, weights: Any, *, reveal: bool = False
+    ) -> Routed: ...
+
+
 class Ops(NamedTuple):
     """One open scope of the seam.
 
     einsum: activations times a weight (an array or a `QTensor`), at a named site.
+    experts: a layer of experts, on whatever devices hold them.
     attend: attention over local or sharded heads, `(q_BTHC, k_BSKC, v_BSKC, segments_BT) -> o_BTHC`.
     place:  fixes the sharding of an activation by its letters; the identity on one device.
     embed:  rows of a table "VD" (an array or a `QTensor`) by token id.
     tap:    offers a named intermediate (residual stream, importance inputs) to whoever records.
+    keep:   leaves a named sum with the layer's outputs, for the objective to add to its loss.
     """
 
     einsum: Einsum
+    experts: Experts
     attend: Callable[..., jax.Array]
     place: Callable[[jax.Array, str], jax.Array]
     embed: Callable[[Any, jax.Array], jax.Array]
     tap: Callable[[str, jax.Array], None]
+    keep: Callable[[str, jax.Array], None]
+
+
+KEPT = "kept/"  # what marks the records that were kept for the objective
 
 
 class Scope(NamedTuple):
@@ -117,9 +148,7 @@ def plain_einsum(equation: str, x: jax.Array, w: jax.Array, *, site: str = "") -
 
     `jax.checkpoint` knows it as "product" and by its site.
     """
-    if jax.sharding.get_abstract_mesh().manual_axes:
-        # In shards a gradient may vary over axes that only the other operand varies over: zeros of each make their types alike first.
-        x, w = (a + jnp.where(False, b.ravel()[0], 0).astype(a.dtype) for a, b in ((x, w), (w, x)))
+    x, w = alike(x, w)  # in shards a gradient may vary over axes that only the other operand varies over
     out = checkpoint_name(_product(equation, x, w.astype(x.dtype)), "product")
     return checkpoint_name(out, site) if site else out
 
@@ -150,21 +179,51 @@ def contracted_axes(equation: str) -> tuple[int, ...]:
     return tuple(left.index(letter) - len(left) for letter in contracted(equation))
 
 
-def make_einsum(numerics: Numerics, ranges: Ranges) -> Einsum:
-    """Floating, fake-quantized, weight-only or integer, decided by the site's format and the type of the weight."""
+def make_einsum(numerics: Numerics, ranges: Ranges, product: Einsum = plain_einsum) -> Einsum:
+    """Floating, fake-quantized, weight-only or integer, decided by the site's format and the type of the weight.
+
+    product: what multiplies floating operands in the end.
+    """
 
     def einsum(equation: str, x: jax.Array, w: Any, *, site: str) -> jax.Array:
         format = numerics.at(site)
         axes = contracted_axes(equation)
         if is_qtensor(w):
             if format is None:
-                return plain_einsum(equation, x, dequantize(w), site=site)
+                return product(equation, x, dequantize(w), site=site)
             return packed_einsum(equation, encode_activation(x, axes, format, ranges, site), w).astype(x.dtype)
         if format is not None:
             x = fake_activation(x, axes, format, ranges, site)
-        return plain_einsum(equation, x, w, site=site)
+        return product(equation, x, w, site=site)
 
     return einsum
+
+
+def make_grouped(numerics: Numerics, ranges: Ranges) -> Grouped:
+    """As `make_einsum`; packed weights are turned back into numbers."""
+
+    def grouped(equation: str, x: jax.Array, w: Any, rows: Rows, *, site: str) -> jax.Array:
+        format = numerics.at(site)
+        if format is not None:
+            x = fake_activation(x, contracted_axes(equation), format, ranges, site)
+        w = dequantize(w) if is_qtensor(w) else w
+        return checkpoint_name(grouped_product(equation, x, w, rows), "product")
+
+    return grouped
+
+
+def make_experts(numerics: Numerics, ranges: Ranges, spread: Spread) -> Experts:
+    """Layers of experts whose products have these numerics."""
+
+    def experts(layer: ExpertLayer, x_BTD: jax.Array, batch: Batch, weights: Any, *, reveal: bool = False) -> Routed:
+        def local(x_BTD: jax.Array, batch: Batch, weights: Any, ranges: Ranges, exchange: Exchange) -> Routed:
+            products = Products(make_einsum(numerics, ranges), make_grouped(numerics, ranges))
+            return layer.run(x_BTD, batch, weights, products, exchange, reveal)
+
+        own = {site: ranges[site] for site in (*layer.enters, layer.inner) if site in ranges}
+        return spread(layer, local, x_BTD, batch, weights, own, reveal)
+
+    return experts
 
 
 def lookup(table: Any, tokens: jax.Array) -> jax.Array:
@@ -186,12 +245,19 @@ def make_ops(
     attend: Callable[..., jax.Array],
     place: Callable[[jax.Array, str], jax.Array] = lambda x, letters: x,
     embed: Callable[[Any, jax.Array], jax.Array] = lookup,
+    spread: Spread = on_one_device,
+    product: Einsum = plain_einsum,
 ) -> MakeOps:
-    """The plain seam: computes, records nothing."""
+    """The plain seam: computes, and records only what the model keeps for the objective."""
 
     def open_scope(ranges: Ranges) -> Scope:
-        ops = Ops(make_einsum(numerics, ranges), attend, place, embed, lambda name, x: None)
-        return Scope(ops, dict)
+        kept: Records = {}
+
+        def keep(name: str, x: jax.Array) -> None:
+            kept[KEPT + name] = x
+
+        einsum, experts = make_einsum(numerics, ranges, product), make_experts(numerics, ranges, spread)
+        return Scope(Ops(einsum, experts, attend, place, embed, lambda name, x: None, keep), lambda: kept)
 
     return open_scope
 
@@ -215,7 +281,16 @@ def recording(make: MakeOps, measure: Callable[[str, jax.Array], jax.Array | Non
             record(site, x)
             return inner.ops.einsum(equation, x, w, site=site)
 
-        ops = inner.ops._replace(einsum=einsum, tap=record)
+        def experts(layer: ExpertLayer, x_BTD: jax.Array, batch: Batch, weights: Any, *, reveal: bool = True) -> Routed:
+            """Records by token: what is inside shards cannot leave them, and nobody else knows where the rows of experts came from."""
+            made = inner.ops.experts(layer, x_BTD, batch, weights, reveal=True)
+            for site in layer.enters:
+                record(site, x_BTD)
+            if made.hidden_BTKF is not None:
+                record(layer.inner, made.hidden_BTKF)
+            return made
+
+        ops = inner.ops._replace(einsum=einsum, experts=experts, tap=record)
         return Scope(ops, lambda: {**inner.close(), **records})
 
     return open_scope

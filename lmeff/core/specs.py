@@ -24,7 +24,7 @@ Rules = Sequence[tuple[str, Any]]
 class ParamSpec:
     """One parameter: its letters, its shape and what contracts it.
 
-    letters:  dims in order, e.g. "LDHC"; a leading "L" is the stack of layers that the model scans over.
+    letters:  dims in order, e.g. "LDHC"; a leading "L" is the stack of layers that the model scans over, "LE" or "E" that of experts.
     contract: the letters summed over where the model uses it ("D" for "DHC"). They say where the scales of a
               quantized weight lie and which dims an N:M pattern runs along. Empty for norms and biases.
     init:     "normal" (standard deviation `scale`), "ones" or "zeros".
@@ -42,14 +42,19 @@ class ParamSpec:
         return self.letters.startswith("L")
 
     @property
+    def is_expert(self) -> bool:
+        """Whether it holds a matrix for each expert."""
+        return self.letters.removeprefix("L").startswith("E")
+
+    @property
     def axes(self) -> tuple[int, ...]:
         """The contracted dims as negative axes: the same numbers hold inside and outside the scan over layers."""
         return tuple(self.letters.index(letter) - len(self.letters) for letter in self.contract)
 
     @property
     def own_axes(self) -> tuple[int, ...]:
-        """All dims but the stack of layers, as negative axes."""
-        count = len(self.letters) - self.stacked
+        """The dims of one matrix, as negative axes: all but the stacks of layers and of experts."""
+        count = len(self.letters.lstrip("LE"))
         return tuple(range(-count, 0))
 
     @property

@@ -35,17 +35,17 @@ class Dataset:
     drawn: Any  # grain.MapDataset of the places of each global batch's rows
     sequence: int
     pad: int
-    host: slice
     document_bytes: np.ndarray
     document_part: np.ndarray
 
     def batch(self, step: int) -> Batch:
-        """This host's rows of global batch `step`, as NumPy arrays [rows, T]."""
+        """Global batch `step`, as NumPy arrays [rows, T]."""
         return self._fill(self.drawn[step])
 
-    def batches(self, start: int) -> Iterator[Batch]:
-        """`batch(start), batch(start + 1), ...` without end, made ahead by threads."""
-        return iter(self.drawn[start:].map(self._fill).to_iter_dataset(THREADS))
+    def batches(self, start: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
+        """`batch(start), batch(start + 1), ...` without end, made ahead by threads; of each only these rows, where some are named."""
+        own = slice(None) if rows is None else rows.tolist()
+        return iter(self.drawn[start:].map(lambda places: self._fill(_pick(places, own))).to_iter_dataset(THREADS))
 
     def evaluation(self, batch: int) -> Iterator[tuple[Batch, np.ndarray]]:
         """One pass over all documents in order: global batches of `batch` rows on every host, and for each target its document (index into
@@ -71,8 +71,7 @@ class Dataset:
         return self.tokens / max(1, sum(len(rows) for rows in self.rows) * self.sequence)
 
     def _fill(self, places: Sequence[Place]) -> Batch:
-        own = places[self.host]
-        return self._lay(own, self.rows, len(own))[0]
+        return self._lay(places, self.rows, len(places))[0]
 
     def _lay(self, places: Sequence[Place], rows: tuple[packing.Rows, ...], batch: int) -> tuple[Batch, np.ndarray]:
         laid, document_BT = packing.empty(batch, self.sequence, self.pad)
@@ -111,31 +110,19 @@ class Corpus:
         return seal(self.manifest["files"])
 
 
-def build(
-    config: DataConfig,
-    directory: Path,
-    seed: int,
-    *,
-    batch: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Corpus:
+def build(config: DataConfig, directory: Path, seed: int, *, batch: int) -> Corpus:
     """Reads, tokenizes and packs the text of `config`, or reads back what `directory` holds of it already.
 
-    batch: rows of the global batch; host `process_index` of `process_count` gets its part of them, in order.
+    batch: rows of the global batch.
     Raises `DataError` for text that is missing, unreadable, too little or damaged, with nothing written.
     """
-    if batch < 1 or batch % process_count or not 0 <= process_index < process_count:
-        raise ConfigError(
-            f"train.batch: got {batch} rows for host {process_index} of {process_count}, expected a positive multiple of the number of hosts"
-        )
-    each = batch // process_count
-    host = slice(each * process_index, each * (process_index + 1))
+    if batch < 1:
+        raise ConfigError(f"train.batch: got {batch} rows, expected at least 1")
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         with building(directory) as folder:
             write(config, folder)
-            _corpus(config, open_store(config, folder), seed, batch, host)
-    return _corpus(config, open_store(config, directory), seed, batch, host)
+            _corpus(config, open_store(config, folder), seed, batch)
+    return _corpus(config, open_store(config, directory), seed, batch)
 
 
 def read_text(path: Sequence[str], corpus: Corpus, text_field: str = "text") -> Dataset:
@@ -148,10 +135,10 @@ def read_text(path: Sequence[str], corpus: Corpus, text_field: str = "text") -> 
         raise DataError(f"text: {', '.join(path)} holds no text but blanks, expected at least one document")
     starts = np.cumsum([0, *(len(ids) for ids, _ in found)])
     shard = Shard(np.concatenate([ids for ids, _ in found]), starts, np.array([size for _, size in found]))
-    return _dataset((part,), (shard,), corpus.train.sequence, corpus.tokenizer.pad, "text", 0, 1, slice(0, 1))
+    return _dataset((part,), (shard,), corpus.train.sequence, corpus.tokenizer.pad, "text", 0, 1)
 
 
-def _corpus(config: DataConfig, store: Store, seed: int, batch: int, host: slice) -> Corpus:
+def _corpus(config: DataConfig, store: Store, seed: int, batch: int) -> Corpus:
     pad = store.tokenizer.pad
     splits = {}
     for split in SPLITS:
@@ -161,7 +148,7 @@ def _corpus(config: DataConfig, store: Store, seed: int, batch: int, host: slice
                 raise DataError(
                     _too_little(config, store, f"none of part '{part.name}' falls into the split '{split}'", 1)
                 )
-        splits[split] = _dataset(config.parts, shards, config.sequence, pad, split, seed, batch, host)
+        splits[split] = _dataset(config.parts, shards, config.sequence, pad, split, seed, batch)
     count = sum(len(rows) for rows in splits["train"].rows)
     if count < batch:
         raise DataError(
@@ -185,7 +172,6 @@ def _dataset(
     split: str,
     seed: int,
     batch: int,
-    host: slice,
 ) -> Dataset:
     rows = tuple(packing.pack_dense(packing.cut(shard.starts, sequence), sequence) for shard in shards)
     return Dataset(
@@ -194,7 +180,6 @@ def _dataset(
         drawn=_draw(parts, rows, split, seed).batch(batch, batch_fn=list),
         sequence=sequence,
         pad=pad,
-        host=host,
         document_bytes=np.concatenate([shard.sizes for shard in shards]),
         document_part=np.repeat(np.arange(len(shards)), [len(shard.sizes) for shard in shards]),
     )
@@ -209,6 +194,10 @@ def _draw(parts: tuple[Part, ...], rows: tuple[packing.Rows, ...], split: str, s
         shuffled = grain.MapDataset.range(len(packed)).shuffle(seed=own).repeat()
         drawn.append(shuffled.map(lambda row, index=index: (index, int(row))))
     return drawn[0] if len(drawn) == 1 else grain.MapDataset.mix(drawn, [part.weight for part in parts])
+
+
+def _pick(places: Sequence[Place], rows: slice | list[int]) -> Sequence[Place]:
+    return places[rows] if isinstance(rows, slice) else [places[row] for row in rows]
 
 
 def _origin(manifest: dict[str, Any]) -> str:

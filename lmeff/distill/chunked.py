@@ -37,7 +37,10 @@ def chunked_head(
     shared = tuple(axis for axis in batch_axes if axis in vocab_axes)
     rows_only, vocab_only = _without(batch_axes, shared), _without(vocab_axes, shared)
 
+    dtypes = jax.tree.map(lambda x: x.dtype, head)
+
     def row_sums(hidden: Any, head: Any, rows: Any, extras: Any) -> tuple[jax.Array, Sums]:
+        head = jax.tree.map(lambda x, dtype: x.astype(dtype), head, dtypes)
         count = hidden.shape[0]
         hidden, rows = jax.tree.map(lambda x: _gathered(x, shared), (hidden, rows))
         per_row = row_loss(hidden, head, rows, extras)
@@ -54,27 +57,22 @@ def chunked_head(
 
         cut = pieces(hidden_ND, rows)
         shapes = jax.eval_shape(row_sums, *_first(cut, head), extras)
-        sums, _ = jax.lax.scan(add, _zeros(shapes, batch_axes), cut)
-        return _psum(sums, batch_axes)
+        return jax.lax.scan(add, _zeros(shapes, batch_axes), cut)[0]
 
     def save(hidden_ND: jax.Array, head: Any, rows: Any, extras: Any) -> Any:
-        # Summed over the mesh once at the end and not in every chunk: hence the casts before differentiating.
-        own_head = _vary(head, rows_only)
         gradient = jax.value_and_grad(row_sums, argnums=(0, 1), has_aux=True)
 
         def add(carry: Any, piece: Any) -> tuple[Any, jax.Array]:
             sums, d_head = carry
-            chunk_sums, (d_hidden, d_chunk) = gradient(piece[0], own_head, piece[1], extras)
+            chunk_sums, (d_hidden, d_chunk) = gradient(piece[0], head, piece[1], extras)
             return (_add(sums, chunk_sums), _add(d_head, d_chunk)), d_hidden
 
         cut = pieces(hidden_ND, rows)
         shapes = jax.eval_shape(row_sums, *_first(cut, head), extras)
-        wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), head)
-        start = (_zeros(shapes, batch_axes), _zeros(wide, batch_axes + vocab_only))
+        start = (_zeros(shapes, batch_axes), _zeros(head, batch_axes + vocab_only))
         (sums, d_head), d_hidden = jax.lax.scan(add, start, cut)
         d_hidden = d_hidden.reshape(-1, *hidden_ND.shape[1:])[: hidden_ND.shape[0]]
-        d_head = jax.tree.map(lambda d, x: d.astype(x.dtype), _psum(d_head, rows_only), head)
-        return _psum(sums, batch_axes), (d_hidden, d_head)
+        return sums, (d_hidden, d_head)
 
     def pull(gradients: Any, cotangent: Any) -> Any:
         scale = cotangent[0]
@@ -83,8 +81,10 @@ def chunked_head(
 
     call = jax.custom_vjp(value)
     call.defvjp(save, pull)
-    # Each part of the vocabulary gives its part of the hidden states' gradient; the cast's own gradient adds them up, once.
-    return call(_vary(hidden_ND, vocab_only), head, rows, extras)
+    # Each part of the vocabulary gives its part of the hidden states' gradient, and each part of the rows its part of the head's, in float32; the
+    # casts' own gradients add them up, once and not in every chunk. Sums are added outside too: so it is right whether or not `jax.shard_map` checks.
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), head)
+    return _psum(call(_vary(hidden_ND, vocab_only), _vary(wide, rows_only), rows, extras), batch_axes)
 
 
 def _without(axes: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:

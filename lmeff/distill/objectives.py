@@ -16,6 +16,7 @@ from lmeff.core.numerics import is_qtensor, materialize
 from lmeff.core.ops import FLOATING, Numerics, Ranges, make_ops
 from lmeff.distill.chunked import chunked_head, cross_entropy_rows, forward_kl_rows, map_rows
 from lmeff.models.config import ModelConfig
+from lmeff.models.moe import auxiliary
 from lmeff.models.transformer import Output, project
 from lmeff.parallel.mesh import WHOLE, Layout
 
@@ -64,7 +65,8 @@ def head_objective(
 ) -> Objective:
     """Cross entropy, or its mix with forward KL to a teacher, from hidden states and heads in chunks of tokens.
 
-    Metrics: "loss", the cross entropy in nats/token; with a teacher also "kl", at the distillation's temperature.
+    Metrics: "loss", the cross entropy in nats/token; with a teacher also "kl", at the distillation's temperature; with experts those of `auxiliary`,
+    whose losses are added.
     """
     assert (teacher is None) == (distill is None)
 
@@ -91,7 +93,11 @@ def head_objective(
 
         row_letters = jax.tree.map(lambda x: "BS" + WHOLE * (x.ndim - 2), rows)
         inputs = ("BS_", _loss_letters(student.cfg, shared), row_letters, letters)
-        return layout.on_shards(local, inputs, ("", sums))(s.hidden_BTD, s.head, rows, extras)
+        loss, metrics = layout.on_shards(local, inputs, ("", sums))(s.hidden_BTD, s.head, rows, extras)
+        if not s.sums:
+            return loss, metrics
+        routing, told = auxiliary(s.sums, student.cfg)
+        return loss + routing, {**metrics, **told}
 
     return objective
 

@@ -7,7 +7,7 @@ above the diagonal or outside the window. Everything is local to a device: the c
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lmeff.models import splash
 from lmeff.models.mask import Mask
-
-MASKED = -1e30  # finite, so that a row with nothing to see gives zeros and not NaN
+from lmeff.models.tiles import MASKED, Tiles, d_scores, scores, tile_backward, tile_forward, visible
 
 Form = Callable[..., jax.Array]
 """`(q_BTHC, k_BSKC, v_BSKC, segments_BT, mask) -> o_BTHC`."""
@@ -58,29 +57,10 @@ def reference_attention(
     if mask.softcap is not None:
         scores_BHTS = mask.softcap * jnp.tanh(scores_BHTS / mask.softcap)
     index = jnp.arange(q_BTHC.shape[1])
-    seen_BTS = _visible(segments_BT, segments_BT, index, index, mask)
+    seen_BTS = visible(segments_BT, segments_BT, index, index, mask)
     weights_BHTS = jax.nn.softmax(jnp.where(seen_BTS[:, None], scores_BHTS, MASKED), axis=-1)
     weights_BHTS = jnp.where(seen_BTS[:, None], weights_BHTS, 0)
     return jnp.einsum("BHTS,BSHC->BTHC", weights_BHTS, v_BSHC).astype(q_BTHC.dtype)
-
-
-def _visible(own: jax.Array, other: jax.Array, t: jax.Array, s: jax.Array, mask: Mask) -> jax.Array:
-    """Which keys each query sees, [..., t, s]."""
-    seen = (own[..., :, None] == other[..., None, :]) & (own[..., :, None] > 0) & (t[:, None] >= s[None, :])
-    return seen if mask.window is None else seen & (t[:, None] - s[None, :] < mask.window)
-
-
-def _scores(q_RC: jax.Array, k_SC: jax.Array, bias_RS: jax.Array, softcap: float | None) -> jax.Array:
-    scores_RS = jnp.einsum("...RC,...SC->...RS", q_RC, k_SC, preferred_element_type=jnp.float32)
-    if softcap is not None:
-        scores_RS = softcap * jnp.tanh(scores_RS / softcap)
-    return scores_RS + bias_RS
-
-
-def _d_scores(p: jax.Array, scores: jax.Array, d_p: jax.Array, delta: jax.Array, softcap: float | None) -> jax.Array:
-    """Gradient of the uncapped scores from that of the probabilities; `delta` broadcasts against them."""
-    d = p * (d_p - delta)
-    return d if softcap is None else d * (1 - jnp.square(jnp.where(p > 0, scores, 0) / softcap))
 
 
 # ---- panels: static loops over blocks, each against all it can see; for short rows. The query heads of a group are rows of one matrix, [R = T * G, C].
@@ -106,7 +86,7 @@ def _key_panels(length: int, block: int, window: int | None) -> list[tuple[slice
 
 def _bias(segments_T: jax.Array, queries: slice, keys: slice, groups: int, mask: Mask) -> jax.Array:
     t, s = jnp.arange(queries.start, queries.stop), jnp.arange(keys.start, keys.stop)
-    bias_TS = jnp.where(_visible(segments_T[queries], segments_T[keys], t, s, mask), 0.0, MASKED)
+    bias_TS = jnp.where(visible(segments_T[queries], segments_T[keys], t, s, mask), 0.0, MASKED)
     return jnp.repeat(bias_TS, groups, axis=0)
 
 
@@ -116,7 +96,7 @@ def _panel_forward(q_TGC: jax.Array, k_SC: jax.Array, v_SC: jax.Array, segments_
     outs, lses = [], []
     for queries, keys in _panels(length, BLOCK, mask.window):
         q_RC = q_TGC[queries].reshape(-1, width)
-        scores_RS = _scores(q_RC, k_SC[keys], _bias(segments_T, queries, keys, groups, mask), mask.softcap)
+        scores_RS = scores(q_RC, k_SC[keys], _bias(segments_T, queries, keys, groups, mask), mask.softcap)
         top_R1 = jnp.maximum(scores_RS.max(-1, keepdims=True), 0.5 * MASKED)
         weights_RS = jnp.exp(scores_RS - top_R1)
         total_R1 = jnp.maximum(weights_RS.sum(-1, keepdims=True), 1e-30)
@@ -144,10 +124,10 @@ def _panel_backward(
         q_RC, g_RC = (x[queries].reshape(-1, width) for x in (q_TGC, g_TGC))
         lse_R, delta_R = (x[queries].reshape(-1) for x in (lse_TG, delta_TG))
         bias_SR = _bias(segments_T, queries, keys, groups, mask).T
-        scores_SR = _scores(k_SC[keys], q_RC, bias_SR, mask.softcap)
+        scores_SR = scores(k_SC[keys], q_RC, bias_SR, mask.softcap)
         p_SR = jnp.exp(scores_SR - lse_R)
         d_p_SR = jnp.einsum("SC,RC->SR", v_SC[keys], g_RC, preferred_element_type=jnp.float32)
-        d_s_SR = _d_scores(p_SR, scores_SR, d_p_SR, delta_R, mask.softcap).astype(q_TGC.dtype)
+        d_s_SR = d_scores(p_SR, scores_SR, d_p_SR, delta_R, mask.softcap).astype(q_TGC.dtype)
         d_q_RC = jnp.einsum("SR,SC->RC", d_s_SR, k_SC[keys], preferred_element_type=jnp.float32)
         d_q = d_q.at[queries].add(d_q_RC.reshape(-1, groups, width))
         d_k.append(jnp.einsum("SR,RC->SC", d_s_SR, q_RC, preferred_element_type=jnp.float32))
@@ -155,55 +135,16 @@ def _panel_backward(
     return d_q, jnp.concatenate(d_k), jnp.concatenate(d_v)
 
 
-# ---- tiles: loops over blocks of queries and of keys; compile time and memory do not grow with the row
+# ---- tiles: loops over blocks of queries and of keys (`lmeff.models.tiles`), here the whole row against itself
 
 
-class _Tiles(NamedTuple):
-    """Where the loops run: block size, and the first key block a query block sees."""
-
-    block: int
-    mask: Mask
-
-    def first(self, i: jax.Array) -> jax.Array:
-        if self.mask.window is None:
-            return jnp.zeros_like(i)
-        return jnp.maximum(i * self.block - self.mask.window + 1, 0) // self.block
-
-    def cut(self, x: jax.Array, i: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(x, i * self.block, self.block)
-
-    def scores(self, q_GRC: jax.Array, k_SC: jax.Array, segments_T: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
-        own, other = self.cut(segments_T, i), self.cut(segments_T, j)
-        t, s = (n * self.block + jnp.arange(self.block) for n in (i, j))
-        bias_RS = jnp.where(_visible(own, other, t, s, self.mask), 0.0, MASKED)
-        return _scores(q_GRC, self.cut(k_SC, j)[None], bias_RS[None], self.mask.softcap)
+def _tiles(length: int, mask: Mask) -> Tiles:
+    index = jnp.arange(length)
+    return Tiles(index, index, mask, TILE)
 
 
 def _tile_forward(q_TGC: jax.Array, k_SC: jax.Array, v_SC: jax.Array, segments_T: jax.Array, mask: Mask) -> Any:
-    tiles = _Tiles(TILE, mask)
-
-    def queries(i: jax.Array) -> Any:
-        q_GRC = jnp.swapaxes(tiles.cut(q_TGC, i), 0, 1)
-
-        def keys(j: jax.Array, carry: Any) -> Any:
-            o, total, top = carry
-            scores = tiles.scores(q_GRC, k_SC, segments_T, i, j)
-            higher = jnp.maximum(top, jnp.maximum(scores.max(-1), 0.5 * MASKED))
-            weights, keep = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
-            v = tiles.cut(v_SC, j)
-            o = o * keep[..., None] + jnp.einsum(
-                "GRS,SC->GRC", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-            )
-            return o, total * keep + weights.sum(-1), higher
-
-        zero = (q_GRC * 0).astype(jnp.float32) + (k_SC[0, 0] * 0 + v_SC[0, 0] * 0).astype(jnp.float32)
-        start = (zero, zero[..., 0], zero[..., 0] + 0.5 * MASKED)
-        o, total, top = jax.lax.fori_loop(tiles.first(i), i + 1, keys, start)
-        total = jnp.maximum(total, 1e-30)
-        return jnp.swapaxes(o / total[..., None], 0, 1), jnp.swapaxes(top + jnp.log(total), 0, 1)
-
-    o, lse = jax.lax.map(queries, jnp.arange(q_TGC.shape[0] // TILE))
-    return o.reshape(q_TGC.shape), lse.reshape(q_TGC.shape[:2])
+    return tile_forward(q_TGC, k_SC, v_SC, segments_T, segments_T, tiles=_tiles(len(q_TGC), mask))
 
 
 def _tile_backward(
@@ -216,39 +157,9 @@ def _tile_backward(
     g_TGC: jax.Array,
     mask: Mask,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    tiles = _Tiles(TILE, mask)
     delta_TG = (o_TGC.astype(jnp.float32) * g_TGC.astype(jnp.float32)).sum(-1)
-
-    def queries(carry: Any, i: jax.Array) -> Any:
-        q_GRC, g_GRC = (jnp.swapaxes(tiles.cut(x, i), 0, 1) for x in (q_TGC, g_TGC))
-        lse_GR, delta_GR = (tiles.cut(x, i).T for x in (lse_TG, delta_TG))
-
-        def keys(j: jax.Array, carry: Any) -> Any:
-            d_q, d_k, d_v = carry
-            scores = tiles.scores(q_GRC, k_SC, segments_T, i, j)
-            p = jnp.exp(scores - lse_GR[..., None])
-            d_p = jnp.einsum("GRC,SC->GRS", g_GRC, tiles.cut(v_SC, j), preferred_element_type=jnp.float32)
-            d_s = _d_scores(p, scores, d_p, delta_GR[..., None], mask.softcap).astype(q_GRC.dtype)
-            d_q = d_q + jnp.einsum("GRS,SC->GRC", d_s, tiles.cut(k_SC, j), preferred_element_type=jnp.float32)
-            own_k = jnp.einsum("GRS,GRC->SC", d_s, q_GRC, preferred_element_type=jnp.float32)
-            own_v = jnp.einsum("GRS,GRC->SC", p.astype(g_GRC.dtype), g_GRC, preferred_element_type=jnp.float32)
-            return d_q, _add_at(d_k, own_k, j * TILE), _add_at(d_v, own_v, j * TILE)
-
-        d_k, d_v = carry
-        d_q = (q_GRC * 0).astype(jnp.float32) + d_k[0, 0] * 0
-        d_q, d_k, d_v = jax.lax.fori_loop(tiles.first(i), i + 1, keys, (d_q, d_k, d_v))
-        return (d_k, d_v), jnp.swapaxes(d_q, 0, 1)
-
-    # A zero made from every input carries their sharding types into the loop.
-    zero = sum((x.ravel()[0] * 0).astype(jnp.float32) for x in (q_TGC, k_SC, v_SC, g_TGC))
-    start = (zero + jnp.zeros(k_SC.shape), zero + jnp.zeros(v_SC.shape))
-    (d_k, d_v), d_q = jax.lax.scan(queries, start, jnp.arange(q_TGC.shape[0] // TILE))
-    return d_q.reshape(q_TGC.shape), d_k, d_v
-
-
-def _add_at(x: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
-    old = jax.lax.dynamic_slice_in_dim(x, start, piece.shape[0])
-    return jax.lax.dynamic_update_slice_in_dim(x, old + piece, start, 0)
+    row = (q_TGC, k_SC, v_SC, segments_T, segments_T, lse_TG, delta_TG, g_TGC)
+    return tile_backward(*row, tiles=_tiles(len(q_TGC), mask))
 
 
 # ---- both forms over all rows and key-value heads
@@ -262,18 +173,18 @@ def _blocked(forward: Callable[..., Any], backward: Callable[..., Any], multiple
         return save(q, k, v, segments, mask)[0]
 
     def save(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, mask: Mask) -> Any:
-        units = _to_units(q, k, v, segments)
-        o, lse = _over_units(functools.partial(forward, mask=mask), units)
+        units = to_units(q, k, v, segments)
+        o, lse = over_units(functools.partial(forward, mask=mask), units)
         # Named here, both: a remat policy that keeps the output alone would have to run all of this again for the log-sum-exp.
-        out, lse = checkpoint_name((_from_units(o, q).astype(q.dtype), lse), "attn_out")
+        out, lse = checkpoint_name((from_units(o, q).astype(q.dtype), lse), "attn_out")
         return out, (q, k, v, segments, out, lse)
 
     def pull(mask: Mask, saved: Any, g: jax.Array) -> Any:
         q, k, v, segments, out, lse = saved
-        o, g = (_split_queries(x, k.shape[2]) for x in (out, g))
-        units = (*_to_units(q, k, v, segments), o, lse, g)
-        d_q, d_k, d_v = _over_units(functools.partial(backward, mask=mask), units)
-        merged = (_from_units(d_q, q), _from_units(d_k, k), _from_units(d_v, v))
+        o, g = (split_queries(x, k.shape[2]) for x in (out, g))
+        units = (*to_units(q, k, v, segments), o, lse, g)
+        d_q, d_k, d_v = over_units(functools.partial(backward, mask=mask), units)
+        merged = (from_units(d_q, q), from_units(d_k, k), from_units(d_v, v))
         return (*(d.astype(x.dtype) for d, x in zip(merged, (q, k, v), strict=True)), None)
 
     attend.defvjp(save, pull)
@@ -290,20 +201,20 @@ def _blocked(forward: Callable[..., Any], backward: Callable[..., Any], multiple
     return padded
 
 
-def _split_queries(x_BTHC: jax.Array, kv_heads: int) -> jax.Array:
+def split_queries(x_BTHC: jax.Array, kv_heads: int) -> jax.Array:
     """[B, T, H, C] to [B * K, T, G, C]."""
     b, t, h, c = x_BTHC.shape
     return x_BTHC.reshape(b, t, kv_heads, h // kv_heads, c).swapaxes(1, 2).reshape(b * kv_heads, t, h // kv_heads, c)
 
 
-def _to_units(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> tuple[jax.Array, ...]:
+def to_units(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> tuple[jax.Array, ...]:
     """Everything by (row, key-value head), with the documents of the row repeated for each head."""
     kv_heads = k.shape[2]
     k, v = (x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (k, v))
-    return _split_queries(q, kv_heads), k, v, jnp.repeat(segments, kv_heads, axis=0)
+    return split_queries(q, kv_heads), k, v, jnp.repeat(segments, kv_heads, axis=0)
 
 
-def _from_units(x: jax.Array, like: jax.Array) -> jax.Array:
+def from_units(x: jax.Array, like: jax.Array) -> jax.Array:
     """The inverse, for queries [B * K, T, G, C] and for keys [B * K, S, C], in the shape of `like`."""
     b, t, heads, c = like.shape
     if x.ndim == 3:
@@ -312,7 +223,7 @@ def _from_units(x: jax.Array, like: jax.Array) -> jax.Array:
     return x.reshape(b, kv_heads, t, groups, c).swapaxes(1, 2).reshape(b, t, heads, c)
 
 
-def _over_units(fn: Callable[..., Any], units: tuple[jax.Array, ...]) -> Any:
+def over_units(fn: Callable[..., Any], units: tuple[jax.Array, ...]) -> Any:
     """A few units at a time, so that a block's scores stay in cache (on the CPU this is 3x faster than all at once)."""
     count, groups = units[0].shape[0], units[0].shape[2]
     together = max(n for n in range(1, max(1, HEADS_TOGETHER // groups) + 1) if count % n == 0)

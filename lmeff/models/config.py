@@ -1,12 +1,57 @@
 """The shape of a model: one decoder-only transformer whose variants are fields, and presets by name."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lmeff.core.errors import ConfigError
 
 NORMS = ("rms", "layer")
 ACTIVATIONS = ("swiglu", "geglu", "gelu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoE:
+    """A mixture of experts in place of every ffn: each token goes to the `top_k` experts that its router likes most.
+
+    experts:   how many; each is an ffn of width model.ffn.
+    top_k:     experts that a token goes to.
+    shared:    experts that every token goes to besides (DeepSeekMoE: Dai et al. 2024, https://arxiv.org/abs/2401.06066).
+    normalize: whether a token's weights sum to 1 over its experts (Mixtral) or are the softmax over all of them (Switch, DeepSeek-V2).
+    capacity:  None drops no token. Otherwise an expert takes at most ceil(capacity x tokens of the row x top_k / experts) tokens of a row, the
+               earlier ones; for those beyond it the layer adds nothing from this expert (GShard: Lepikhin et al. 2020,
+               https://arxiv.org/abs/2006.16668). By row, so that the same tokens are dropped on every mesh; in order of time and not of choices, so
+               that no token depends on a later one.
+    balance:   weight of the load-balancing loss (Fedus et al. 2021, https://arxiv.org/abs/2101.03961, equation 4) of each row (DeepSeek-V2's
+               sequence-wise form, https://arxiv.org/abs/2405.04434), summed over layers.
+    router_z:  weight of the router's z-loss (ST-MoE: Zoph et al. 2022, https://arxiv.org/abs/2202.08906, equation 5), summed over layers.
+    """
+
+    experts: int = 8
+    top_k: int = 2
+    shared: int = 0
+    normalize: bool = True
+    capacity: float | None = None
+    balance: float = 0.01
+    router_z: float = 0.001
+
+    def __post_init__(self) -> None:
+        """Refuses what no router could do."""
+        if self.experts < 1:
+            raise ConfigError(f"model.moe.experts: got {self.experts}, expected at least 1")
+        if not 1 <= self.top_k <= self.experts:
+            raise ConfigError(
+                f"model.moe.top_k: got {self.top_k} of {self.experts} experts, expected 1 to {self.experts}: a token goes to an expert once. "
+                "Lower top_k or raise experts."
+            )
+        for name in ("shared", "balance", "router_z"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"model.moe.{name}: got {getattr(self, name)}, expected 0 (off) or more")
+        if self.capacity is not None and self.capacity <= 0:
+            raise ConfigError(
+                f"model.moe.capacity: got {self.capacity}, expected a positive factor (1 is room for evenly spread tokens), or None to drop none"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +61,8 @@ class ModelConfig:
     heads/kv_heads: equal is multi-head attention, 1 is multi-query, between is grouped-query.
     head_width:     None means width / heads.
     activation:     "swiglu" and "geglu" gate the ffn (three matrices), "gelu" does not (two).
+    ffn:            width of the ffn, or of each expert.
+    moe:            a mixture of experts in place of every ffn; None has none.
     window:         each token sees this many tokens up to itself; None sees all.
     logit_softcap:  final logits become cap * tanh(logits / cap); `attention_softcap` the same for attention scores.
     """
@@ -27,6 +74,7 @@ class ModelConfig:
     kv_heads: int = 2
     head_width: int | None = None
     ffn: int = 344
+    moe: MoE | None = None
     norm: str = "rms"
     norm_eps: float = 1e-5
     activation: str = "swiglu"
@@ -55,6 +103,10 @@ class ModelConfig:
             raise ConfigError(f"model.norm: got '{self.norm}', expected one of {NORMS}")
         if self.activation not in ACTIVATIONS:
             raise ConfigError(f"model.activation: got '{self.activation}', expected one of {ACTIVATIONS}")
+        if self.moe is not None and self.bias:
+            raise ConfigError(
+                "model.bias: got True with model.moe, expected False: experts have no biases. Set bias to False or moe to None."
+            )
         if self.window is not None and self.window < 1:
             raise ConfigError(f"model.window: got {self.window}, expected at least 1, or None for full attention")
 
@@ -80,7 +132,14 @@ class ModelConfig:
             "F": self.ffn,
             "V": self.vocab,
             "L": self.layers,
+            "E": self.moe.experts if self.moe is not None else 0,
         }
+
+
+def read(values: Mapping[str, Any]) -> ModelConfig:
+    """The inverse of `dataclasses.asdict`."""
+    moe = values.get("moe")
+    return ModelConfig(**{**values, "moe": None if moe is None else MoE(**moe)})
 
 
 def preset(name: str, **changes: object) -> ModelConfig:
@@ -96,6 +155,19 @@ PRESETS: dict[str, ModelConfig] = {
     # 124M and 1.2B parameters: Llama-style shapes near GPT-2 small and Llama-3.2-1B.
     "125m": ModelConfig(vocab=50_304, width=768, layers=12, heads=12, kv_heads=12, ffn=2048),
     "1b": ModelConfig(vocab=128_256, width=2048, layers=16, heads=32, kv_heads=8, ffn=8192, rope_theta=500_000.0),
+    "moe_tiny": ModelConfig(vocab=64, width=32, layers=2, heads=4, kv_heads=2, ffn=32, moe=MoE(experts=4)),
+    # Jiang et al. 2024 (https://arxiv.org/abs/2401.04088), table 1: 46.7B parameters, 12.9B of them active.
+    "mixtral_8x7b": ModelConfig(
+        vocab=32_000,
+        width=4096,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        ffn=14_336,
+        moe=MoE(experts=8, top_k=2, balance=0.02, router_z=0.0),
+        rope_theta=1_000_000.0,
+        tied=False,
+    ),
     # Grattafiori et al. 2024 (https://arxiv.org/abs/2407.21783), table 3.
     "llama3_8b": ModelConfig(
         vocab=128_256, width=4096, layers=32, heads=32, kv_heads=8, ffn=14_336, rope_theta=500_000.0, tied=False

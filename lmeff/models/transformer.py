@@ -9,20 +9,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from lmeff.core.batch import Batch
-from lmeff.core.dims import shape
 from lmeff.core.numerics import is_qtensor
-from lmeff.core.ops import MakeOps, Ops, Ranges, Records
+from lmeff.core.ops import KEPT, MakeOps, Ops, Ranges, Records
 from lmeff.core.specs import ParamSpec
 from lmeff.core.tree import Tree
 from lmeff.models.config import ModelConfig
+from lmeff.models.mlp import mlp_layer, mlp_sites, mlp_specs, residual_scale, spec_of
+from lmeff.models.moe import moe_layer, moe_sites, moe_specs
 from lmeff.models.remat import parse, wrapper
 
 View = Callable[[Any, Any], Any]
-
-GATE = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu}
 
 
 class Output(NamedTuple):
@@ -32,67 +30,51 @@ class Output(NamedTuple):
     head:    the head's weight as seen ("DV", or the tied table "VD"), not yet multiplied: the loss does that in chunks.
     ranges:  calibrated activation ranges of the head's site, if any.
     records: what the seam recorded; entries under "blocks/" are stacked over layers.
+    sums:    what the layers kept for the objective, [L, B]: sums over each row.
     """
 
     hidden_BTD: jax.Array
     head: Any
     ranges: Ranges
     records: Records
+    sums: Records = {}  # noqa: RUF012 -- never written to
 
 
 def param_specs(cfg: ModelConfig) -> dict[str, Any]:
     """The schema of the parameters: the same tree for every mesh, precision and compression."""
     tree: dict[str, Any] = {
-        "embed": {"table": _spec(cfg, "VD", "D")},
+        "embed": {"table": spec_of(cfg, "VD", "D")},
         "blocks": {
             "attn_norm": _norm(cfg, "LD"),
             "attn": _attention_specs(cfg),
             "mlp_norm": _norm(cfg, "LD"),
-            "mlp": _mlp_specs(cfg),
+            **({"mlp": mlp_specs(cfg)} if cfg.moe is None else {"moe": moe_specs(cfg, cfg.moe)}),
         },
         "final_norm": _norm(cfg, "D"),
     }
     if not cfg.tied:
-        tree["head"] = {"w": _spec(cfg, "DV", "D")}
+        tree["head"] = {"w": spec_of(cfg, "DV", "D")}
     return tree
 
 
-def _spec(cfg: ModelConfig, letters: str, contract: str = "", init: str = "normal", scale: float = 0.02) -> ParamSpec:
-    return ParamSpec(letters=letters, shape=shape(letters, cfg.sizes), contract=contract, init=init, scale=scale)
-
-
 def _norm(cfg: ModelConfig, letters: str) -> dict[str, ParamSpec]:
-    specs = {"scale": _spec(cfg, letters, init="ones")}
+    specs = {"scale": spec_of(cfg, letters, init="ones")}
     if cfg.norm == "layer":
-        specs["bias"] = _spec(cfg, letters, init="zeros")
+        specs["bias"] = spec_of(cfg, letters, init="zeros")
     return specs
 
 
 def _attention_specs(cfg: ModelConfig) -> dict[str, Any]:
-    # Matrices that write to the residual stream start smaller (GPT-2): its variance then does not grow with depth.
-    residual = 0.02 / (2 * cfg.layers) ** 0.5
     specs: dict[str, Any] = {
-        "wq": _spec(cfg, "LDHC", "D"),
-        "wk": _spec(cfg, "LDKC", "D"),
-        "wv": _spec(cfg, "LDKC", "D"),
-        "wo": _spec(cfg, "LHCD", "HC", scale=residual),
+        "wq": spec_of(cfg, "LDHC", "D"),
+        "wk": spec_of(cfg, "LDKC", "D"),
+        "wv": spec_of(cfg, "LDKC", "D"),
+        "wo": spec_of(cfg, "LHCD", "HC", scale=residual_scale(cfg)),
     }
     if cfg.bias:
-        specs |= {name: _spec(cfg, letters, init="zeros") for name, letters in _ATTENTION_BIASES.items()}
+        specs |= {name: spec_of(cfg, letters, init="zeros") for name, letters in _ATTENTION_BIASES.items()}
     if cfg.qk_norm:
-        specs |= {"q_norm": _spec(cfg, "LC", init="ones"), "k_norm": _spec(cfg, "LC", init="ones")}
-    return specs
-
-
-def _mlp_specs(cfg: ModelConfig) -> dict[str, Any]:
-    specs: dict[str, Any] = {
-        "up": _spec(cfg, "LDF", "D"),
-        "down": _spec(cfg, "LFD", "F", scale=0.02 / (2 * cfg.layers) ** 0.5),
-    }
-    if cfg.gated:
-        specs["gate"] = _spec(cfg, "LDF", "D")
-    if cfg.bias:
-        specs |= {"up_bias": _spec(cfg, "LF", init="zeros"), "down_bias": _spec(cfg, "LD", init="zeros")}
+        specs |= {"q_norm": spec_of(cfg, "LC", init="ones"), "k_norm": spec_of(cfg, "LC", init="ones")}
     return specs
 
 
@@ -144,21 +126,6 @@ def attention_layer(x_BTD: jax.Array, p: Tree, batch: Batch, cfg: ModelConfig, o
     return y_BTD + p["o_bias"] if cfg.bias else y_BTD
 
 
-def mlp_layer(x_BTD: jax.Array, p: Tree, cfg: ModelConfig, ops: Ops) -> jax.Array:
-    """The feed-forward layer: gated (Shazeer 2020) or plain."""
-    h_BTF = ops.einsum("BTD,DF->BTF", x_BTD, p["up"], site="mlp.up")
-    if cfg.bias:
-        h_BTF = h_BTF + p["up_bias"]
-    if cfg.gated:
-        h_BTF = GATE[cfg.activation](ops.einsum("BTD,DF->BTF", x_BTD, p["gate"], site="mlp.gate")) * h_BTF
-    else:
-        h_BTF = GATE[cfg.activation](h_BTF)
-    h_BTF = checkpoint_name(ops.place(h_BTF, "BTF"), "mlp_hidden")
-    ops.tap("mlp.neurons", h_BTF)
-    y_BTD = ops.einsum("BTF,FD->BTD", h_BTF, p["down"], site="mlp.down")
-    return y_BTD + p["down_bias"] if cfg.bias else y_BTD
-
-
 def block(x_BTD: jax.Array, p: Tree, batch: Batch, cfg: ModelConfig, ops: Ops) -> jax.Array:
     """One pre-norm transformer block."""
     ops.tap("block.in", x_BTD)
@@ -167,7 +134,11 @@ def block(x_BTD: jax.Array, p: Tree, batch: Batch, cfg: ModelConfig, ops: Ops) -
         x_BTD = ops.place(x_BTD + attention_layer(h_BTD, p["attn"], batch, cfg, ops), "BTD")
     with jax.named_scope("mlp"):
         h_BTD = ops.place(normalize(x_BTD, p["mlp_norm"], cfg), "BS_")
-        x_BTD = ops.place(x_BTD + mlp_layer(h_BTD, p["mlp"], cfg, ops), "BTD")
+        if cfg.moe is None:
+            y_BTD = mlp_layer(h_BTD, p["mlp"], cfg, ops)
+        else:
+            y_BTD = moe_layer(h_BTD, p["moe"], batch, cfg, cfg.moe, ops)
+        x_BTD = ops.place(x_BTD + y_BTD, "BTD")
     ops.tap("block.out", x_BTD)
     return x_BTD
 
@@ -209,30 +180,46 @@ def forward(
     ranges:     calibrated activation ranges by site, [L, 2] for sites of the block and [2] for the head; None when nothing is calibrated.
     remat:      what the backward pass keeps, as `models.remat` reads it; not a budget.
     unroll:     layers in one turn of the scan's loop; changes time and program size, no result.
-    enter:      `(weights, index of the layer) -> weights`, what they pass on their way into the block (`Layout.pinned`); changes memory, no result.
+    enter:      `(weights, index of the layer) -> weights`, what they pass on their way into the block (`parallel.tiles.pinned`); changes memory, no result.
     output_dtype: of the last hidden state, rounded once from float32; None is the compute dtype.
     """
 
     def seen(key: str) -> Any:
-        return _cast(view(params[key], substate(view_state, key)), compute_dtype)
+        return cast_floating(view(params[key], substate(view_state, key)), compute_dtype)
 
     def step(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, Records]:
         p, state, layer_ranges, index = layer
         p = enter(p, index)
         scope = make_ops(layer_ranges)
-        return block(x_BTD, _cast(view(p, state), compute_dtype), batch, cfg, scope.ops), scope.close()
+        return block(x_BTD, cast_floating(view(p, state), compute_dtype), batch, cfg, scope.ops), scope.close()
 
     head_ranges = _outer_ranges(ranges)
     outer = make_ops(head_ranges)
     embed = seen("embed")
-    x_BTD = outer.ops.embed(embed["table"], batch.tokens).astype(compute_dtype)
-    x_BTD = outer.ops.place(x_BTD, "BTD")
+    x_BTD = embed_tokens(embed["table"], batch, outer.ops, compute_dtype)
     layers = (params["blocks"], substate(view_state, "blocks"), _block_ranges(ranges), jnp.arange(cfg.layers))
     kept = wrapper(parse(remat, sites(cfg)))
     x_BTD, records = jax.lax.scan(kept(step), x_BTD, layers, unroll=min(unroll, cfg.layers))
-    hidden_BTD = normalize(x_BTD.astype(jnp.float32), seen("final_norm"), cfg).astype(output_dtype or compute_dtype)
+    hidden_BTD = last_hidden(x_BTD, seen("final_norm"), cfg, output_dtype or compute_dtype)
     head = embed["table"] if cfg.tied else seen("head")["w"]
-    return Output(hidden_BTD, head, head_ranges, {**{f"blocks/{k}": v for k, v in records.items()}, **outer.close()})
+    sums = kept_sums(records)
+    records = {f"blocks/{name}": x for name, x in records.items() if not name.startswith(KEPT)} | outer.close()
+    return Output(hidden_BTD, head, head_ranges, records, sums)
+
+
+def kept_sums(records: Records) -> Records:
+    """What layers kept for the objective, by its own name."""
+    return {name.removeprefix(KEPT): x for name, x in records.items() if name.startswith(KEPT)}
+
+
+def embed_tokens(table_VD: Any, batch: Batch, ops: Ops, dtype: Any) -> jax.Array:
+    """What enters the first block, [B, T, D]."""
+    return ops.place(ops.embed(table_VD, batch.tokens).astype(dtype), "BTD")
+
+
+def last_hidden(x_BTD: jax.Array, final_norm: Tree, cfg: ModelConfig, dtype: Any) -> jax.Array:
+    """What the head sees of the last block's output, rounded once from float32."""
+    return normalize(x_BTD.astype(jnp.float32), final_norm, cfg).astype(dtype)
 
 
 def project(hidden: jax.Array, head: Any, cfg: ModelConfig, ops: Ops) -> jax.Array:
@@ -245,17 +232,21 @@ def project(hidden: jax.Array, head: Any, cfg: ModelConfig, ops: Ops) -> jax.Arr
 
 def sites(cfg: ModelConfig) -> list[str]:
     """The named products of the model, for rules on activations."""
-    mlp = ["mlp.up", "mlp.gate", "mlp.down"] if cfg.gated else ["mlp.up", "mlp.down"]
-    return ["attn.q", "attn.k", "attn.v", "attn.o", *mlp, "head"]
+    inner = mlp_sites(cfg, "mlp") if cfg.moe is None else moe_sites(cfg, cfg.moe)
+    return ["attn.q", "attn.k", "attn.v", "attn.o", *inner, "head"]
 
 
-def _cast(tree: Any, dtype: Any) -> Any:
-    """Floating arrays in the compute dtype; packed leaves and integers as they are."""
+def cast_floating(tree: Any, dtype: Any) -> Any:
+    """Floating arrays in the compute dtype; packed leaves, integers and routers (a rounded one sends tokens elsewhere) as they are."""
 
-    def leaf(x: Any) -> Any:
-        return x if is_qtensor(x) or not jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
+    def leaf(path: Any, x: Any) -> Any:
+        kept = is_qtensor(x) or not jnp.issubdtype(x.dtype, jnp.floating) or path[-1:] == (ROUTER,)
+        return x if kept else x.astype(dtype)
 
-    return jax.tree.map(leaf, tree, is_leaf=is_qtensor)
+    return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=is_qtensor)
+
+
+ROUTER = jax.tree_util.DictKey("router")
 
 
 def _block_ranges(ranges: Ranges | None) -> dict[str, jax.Array]:

@@ -1,6 +1,7 @@
 """Where every parameter lies, as rows to print: its part on a device, and in how many copies the mesh holds it."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ from rich.table import Table
 
 from lmeff.core.specs import ParamSpec
 from lmeff.core.tree import Tree, flatten
+from lmeff.models.config import ModelConfig
+from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import LETTER_AXES, ZERO_AXIS, Layout
 
 LARGE = 2**20  # bytes on a device from which a copy that nobody asked for is worth a word
@@ -67,6 +70,20 @@ def _asked(spec: ParamSpec, layout: Layout) -> tuple[str, ...]:
     if layout.plan.zero < 3:
         wanted.discard(ZERO_AXIS)
     return tuple(axis for axis in layout.mesh.axis_names if axis in wanted and layout.mesh.shape[axis] > 1)
+
+
+def print_stages(
+    shapes: Mapping[str, ModelConfig], layout: Layout, dtype: Any, console: Console
+) -> dict[str, list[dict[str, Any]]]:
+    """Prints the table of each shape of model once, under the first stage that has it; gives the rows."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for cfg in dict.fromkeys(shapes.values()):
+        stage = next(name for name, own in shapes.items() if own == cfg)
+        leaves = leaf_table(param_specs(cfg), layout, dtype)
+        console.print(f"stage '{stage}'", highlight=False)
+        print_leaves(leaves, console)
+        rows[stage] = [leaf._asdict() for leaf in leaves]
+    return rows
 
 
 def print_leaves(leaves: list[Leaf], console: Console) -> None:

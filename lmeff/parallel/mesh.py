@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -25,6 +25,7 @@ from lmeff.core.errors import ConfigError
 from lmeff.core.specs import ParamSpec
 from lmeff.core.tree import Tree, flatten, owner
 from lmeff.parallel.devices import arrange
+from lmeff.parallel.order import CHUNKS, token_order
 
 AXES = ("dcn", "data", "fsdp", "pipe", "expert", "context", "tensor")  # outermost first
 BATCH_AXES = ("dcn", "data", "fsdp", "expert")
@@ -58,6 +59,9 @@ class MeshPlan:
     context: parts of the sequence.
     tensor:  parts of every matrix.
     zero:    what fsdp cuts: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also parameters (Rajbhandari et al. 2020).
+    schedule: of the pipeline, whose microbatches are those of `train.accumulate`; `chunks` are the slices of the model on a stage.
+    stash:   what a stage keeps of a microbatch for its backward pass: its "input", or all "residuals".
+    sequence: how attention works over `context`: "ring" (keys go round), "gather" (keys are gathered) or "ulysses" (heads against tokens).
     """
 
     dcn: int = 1
@@ -68,6 +72,10 @@ class MeshPlan:
     context: int = 1
     tensor: int = 1
     zero: int = 3
+    schedule: str = "1f1b"
+    chunks: int | None = None
+    stash: str = "input"
+    sequence: str = "ring"
 
     def __post_init__(self) -> None:
         """Refuses degrees that are none."""
@@ -77,6 +85,14 @@ class MeshPlan:
                 raise ConfigError(f"mesh.{axis}: got {size}, expected at least 1")
         if self.zero not in (0, 1, 2, 3):
             raise ConfigError(f"mesh.zero: got {self.zero}, expected a stage of ZeRO: 0, 1, 2 or 3")
+        if self.sequence not in CHUNKS:
+            raise ConfigError(f"mesh.sequence: got '{self.sequence}', expected one of {sorted(CHUNKS)}")
+        if self.sequence == "ring" and min(self.pipe, self.context) > 1:
+            # XLA's collective permute has no groups of devices. On CPUs it then gives wrong numbers, without a word.
+            raise ConfigError(
+                f"mesh.sequence: got 'ring' on pipe {self.pipe} x context {self.context}, expected 'gather' or 'ulysses': stages of a pipeline do "
+                "different things at a time, and keys can only be sent round where all devices send. Set mesh.sequence."
+            )
 
     def degrees(self, devices: int) -> dict[str, int]:
         """The size of each axis on so many devices; raises `ConfigError` where the product does not fit."""
@@ -153,17 +169,6 @@ class Layout:
         alone = self.single and self.platform == "cpu"
         return 8 if alone and remat == "none" else 1
 
-    def pinned(self, weights: Any, index: jax.Array) -> Any:
-        """A layer's weights as a loop hands them over, on TPUs made to depend on the layer's index.
-
-        XLA would else cast the weights of all layers at once, before the loop: a second copy of the parameters for as long as the loop runs. An
-        optimization barrier does not keep it from that. The sum is part of the cast and costs nothing.
-        """
-        if self.platform != "tpu":
-            return weights
-        zero = jnp.minimum(index, 0)
-        return jax.tree.map(lambda w: w + zero.astype(w.dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w, weights)
-
     def partition(self, letters: str, shape: Sequence[int] | None = None) -> P:
         """The partition of a tensor by its letters. With a shape, a dim is cut over as many of its axes as divide it."""
         taken: dict[int, tuple[str, ...]] = {}
@@ -221,6 +226,17 @@ class Layout:
             check_vma=checked and not self.manual,
         )
 
+    def token_order(self, tokens: int) -> np.ndarray | None:
+        """The index in the row of each token as rows lie here; None where that is their own order. Raises `ConfigError` where rows cannot be cut."""
+        devices = self.mesh.shape["context"]
+        order = token_order(self.plan.sequence, tokens, devices)
+        return None if (order == np.arange(tokens)).all() else order
+
+    def in_row_order(self, x_BT: jax.Array) -> jax.Array:
+        """A per-token result [B, T, ...] of a placed batch, in the order of the row."""
+        order = self.token_order(x_BT.shape[1])
+        return x_BT if order is None else x_BT[:, np.argsort(order)]
+
     def axes(self, letters: str) -> tuple[str, ...]:
         """The axes these letters are cut over here, each once."""
         return tuple(dict.fromkeys(axis for letter in letters for axis in self._letter_axes(letter)))
@@ -233,19 +249,37 @@ def make_layout(plan: MeshPlan, devices: Sequence[Any] | None = None) -> Layout:
     return Layout(Mesh(arrange(devices, degrees), AXES, axis_types=(AxisType.Auto,) * len(AXES)), plan)
 
 
-def place_batch(batch: Batch, layout: Layout) -> Batch:
-    """A host batch on the mesh: rows over the batch axes, tokens over context."""
-    return jax.device_put(batch, jax.tree.map(lambda x: layout.sharding("BS", x.shape), batch))
+def place_batch(batch: Batch, layout: Layout, total: int | None = None) -> Batch:
+    """A host batch on the mesh: rows over the batch axes, tokens over context, in the layout's order (`Layout.token_order`).
+
+    total: where `batch` holds only `own_rows(layout, total)` of a global batch of so many rows; None where it holds all of them.
+    """
+    order = layout.token_order(batch.tokens.shape[1])
+    if order is not None:
+        batch = jax.tree.map(lambda x: x[:, order], batch)
+    if not layout.mesh.is_multi_process:
+        return jax.device_put(batch, jax.tree.map(lambda x: layout.sharding("BS", x.shape), batch))
+    rows = np.arange(len(batch.tokens)) if total is None else own_rows(layout, total)
+
+    def placed(x: np.ndarray) -> jax.Array:
+        shape = (total or len(x), *x.shape[1:])
+
+        def shard(at: Any) -> np.ndarray:
+            return x[np.isin(rows, np.arange(shape[0])[at[0]]), at[1]]
+
+        return jax.make_array_from_callback(shape, layout.sharding("BS", shape), shard)
+
+    return jax.tree.map(placed, batch)
 
 
-def abstract_batch(rows: int, tokens: int, layout: Layout) -> Batch:
-    """A batch [B, T] as shapes with shardings, to compile for."""
+def own_rows(layout: Layout, total: int, devices: Sequence[Any] | None = None) -> np.ndarray:
+    """The rows of a global batch of `total` that these devices hold (default: those of this process), ascending.
 
-    def leaf(dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((rows, tokens), dtype, sharding=layout.sharding("BS", (rows, tokens)))
-
-    ids = leaf(jnp.int32)
-    return Batch(ids, ids, ids, ids, leaf(jnp.float32))
+    Processes share rows where an axis that does not cut them goes across processes.
+    """
+    here = set(layout.mesh.local_devices if devices is None else devices)
+    held = layout.sharding("B" + WHOLE, (total, 1)).devices_indices_map((total, 1))
+    return np.unique(np.concatenate([np.arange(total)[at[0]] for device, at in held.items() if device in here]))
 
 
 def parameter_shardings(specs: Tree, layout: Layout) -> dict[str, NamedSharding]:

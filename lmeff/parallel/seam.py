@@ -7,18 +7,23 @@ import jax
 import jax.numpy as jnp
 
 from lmeff.core.numerics import is_qtensor
-from lmeff.core.ops import FLOATING, MakeOps, Numerics, lookup, make_ops
+from lmeff.core.ops import FLOATING, Einsum, MakeOps, Numerics, lookup, make_ops, plain_einsum
 from lmeff.models.attention import attention
+from lmeff.models.mask import Mask
+from lmeff.parallel.context import context_attention
+from lmeff.parallel.experts import spread
 from lmeff.parallel.mesh import Layout
 
 
-def layout_ops(layout: Layout, numerics: Numerics = FLOATING) -> MakeOps:
+def layout_ops(layout: Layout, numerics: Numerics = FLOATING, product: Einsum = plain_einsum) -> MakeOps:
     """The seam for this layout; `FLOATING` leaves activations in floating point."""
     return make_ops(
         numerics,
         attend=functools.partial(_attend, layout),
         place=layout.place,
         embed=functools.partial(_embed, layout),
+        spread=functools.partial(spread, layout),
+        product=product,
     )
 
 
@@ -32,13 +37,18 @@ def _attend(
     window: int | None,
     softcap: float | None,
 ) -> jax.Array:
-    """Causal attention within documents; rows and heads are cut over the mesh, so every device works alone."""
+    """Causal attention within documents; rows and heads are cut over the mesh, so every device works alone but for the tokens of a row."""
+    context = layout.axes("S")
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-        return attention(q, k, v, segments_BT=segments, window=window, softcap=softcap, platform=layout.platform)
+        if not context:
+            return attention(q, k, v, segments_BT=segments, window=window, softcap=softcap, platform=layout.platform)
+        where = {"axis": context[0], "devices": layout.size(context)}
+        return context_attention(layout.plan.sequence, q, k, v, segments, Mask(window, softcap), **where)
 
     # A Pallas kernel does not say what its results vary over.
-    call = layout.on_shards(local, ("B_HC", "B_KC", "B_KC", "B_"), "B_HC", checked=layout.platform != "tpu")
+    checked = bool(context) or layout.platform != "tpu"
+    call = layout.on_shards(local, ("BSHC", "BSKC", "BSKC", "BS"), "BSHC", checked=checked)
     return call(q_BTHC, k_BSKC, v_BSKC, segments_BT)
 
 

@@ -12,7 +12,7 @@ from lmeff.compress.base import Compression, State, identity
 from lmeff.compress.config import build
 from lmeff.core.ops import FLOATING, Numerics
 from lmeff.core.specs import abstract
-from lmeff.models.config import ModelConfig
+from lmeff.models.config import ModelConfig, read
 from lmeff.models.transformer import identity_view, param_specs
 from lmeff.parallel.mesh import Layout
 from lmeff.train.checkpoint import Checkpointer
@@ -81,7 +81,7 @@ def load(name: str, recipe: Recipe, directory: Path, layout: Layout, dtype: Any)
     """Reads an artifact back onto a mesh, whatever mesh wrote it."""
     with Checkpointer(directory, keep=1) as checkpointer:
         metadata = checkpointer.metadata()
-        cfg = ModelConfig(**metadata["cfg"])
+        cfg = read(metadata["cfg"])
         arrays, _ = checkpointer.restore(abstract_arrays(cfg, recipe, layout, dtype))
     return Artifact(
         name=name,

@@ -11,15 +11,16 @@ from rich.console import Console
 from lmeff.config import Experiment, Stage
 from lmeff.config.files import check_resume, write
 from lmeff.config.validate import validate
-from lmeff.core.errors import CheckpointError
+from lmeff.core.errors import CheckpointError, DataError
 from lmeff.core.extras import require
 from lmeff.core.files import write_text
 from lmeff.core.precision import parse
-from lmeff.data.loader import build
+from lmeff.data.loader import Corpus, build
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.leaves import leaf_table, warn
 from lmeff.parallel.mesh import make_layout
+from lmeff.parallel.processes import leads, refuse_unjoined, same, sync
 from lmeff.recipe.artifact import Artifact, load, save
 from lmeff.recipe.stage import Workshop, recipe_of, run_stage
 from lmeff.recipe.summary import make_report, rule_rows
@@ -54,15 +55,17 @@ def run(
     check_resume(experiment, directory)
     shop = open_workshop(experiment, shapes, directory, console, resume=resume)  # builds data whole or leaves no trace
     with lock(directory):
-        write(experiment, directory)
+        if leads():
+            write(experiment, directory)
         stages = experiment.recipe if only is None else needed(experiment.recipe, only)
         artifacts: dict[str, Artifact] = {}
         for stage in stages:
             artifacts[stage.name] = make_or_load(shop, stage, artifacts, console)
         report = make_report(shop, stages, artifacts, sources, console)
         name = "report" if only is None else f"report-{only}"
-        report.write(directory / f"{name}.json")
-        write_html(report, directory / f"{name}.html")
+        if leads():
+            report.write(directory / f"{name}.json")
+            write_html(report, directory / f"{name}.html")
         print_artifacts(report, console)
         console.print(f"report: {directory / f'{name}.html'}", highlight=False, soft_wrap=True)
         return report
@@ -72,16 +75,33 @@ def open_workshop(
     experiment: Experiment, shapes: Mapping[str, ModelConfig], directory: Path, console: Console, *, resume: bool = True
 ) -> Workshop:
     """The data and the mesh of a run."""
-    corpus = build(experiment.data, directory / "data", experiment.seed, batch=experiment.train.batch)
+    refuse_unjoined()
+    corpus = _corpus(experiment, directory / "data")
     console.print(f"data: {corpus.describe()}", highlight=False, soft_wrap=True)
     layout = make_layout(experiment.mesh)
     mesh = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
-    console.print(f"mesh: {mesh} on {jax.devices()[0].device_kind}", highlight=False)
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    console.print(f"mesh: {mesh} on {jax.devices()[0].device_kind}{processes}", highlight=False, soft_wrap=True)
     for cfg in dict.fromkeys(shapes.values()):
         warn(leaf_table(param_specs(cfg), layout, parse(experiment.precision).params), console)
     return Workshop(
         experiment=experiment, shapes=shapes, corpus=corpus, layout=layout, directory=directory, resume=resume
     )
+
+
+def _corpus(experiment: Experiment, directory: Path) -> Corpus:
+    """The tokens of a run. Of several processes the first builds them and the others read them back."""
+    if not leads():
+        sync("data built")
+    corpus = build(experiment.data, directory, experiment.seed, batch=experiment.train.batch)
+    if leads():
+        sync("data built")
+    if not same(corpus.digest):
+        raise DataError(
+            f"{directory}: the processes hold different tokens; expected one folder that all of them see, or the same text everywhere. "
+            "Set --runs to a shared file system."
+        )
+    return corpus
 
 
 def needed(stages: Sequence[Stage], only: str) -> tuple[Stage, ...]:
@@ -120,7 +140,8 @@ def make_or_load(shop: Workshop, stage: Stage, earlier: Mapping[str, Artifact], 
     finally:
         progress.close()
     save(artifact, shop.stage_dir(stage) / "artifact")
-    write_text(shop.stage_dir(stage) / "done.json", json.dumps({"stage": stage.name, "steps": steps}) + "\n")
+    if leads():
+        write_text(shop.stage_dir(stage) / "done.json", json.dumps({"stage": stage.name, "steps": steps}) + "\n")
     if artifact.details["note"]:
         console.print(f"{stage.name}: {artifact.details['note']}", highlight=False)
     return artifact

@@ -22,7 +22,7 @@ from lmeff.distill.objectives import Distill, Projection, head_objective
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.activations import choose
-from lmeff.parallel.mesh import Layout, shardings
+from lmeff.parallel.mesh import Layout, own_rows, shardings
 from lmeff.recipe.artifact import Artifact, Recipe
 from lmeff.recipe.measure import held_out
 from lmeff.train.evaluate import make_eval_step
@@ -194,10 +194,11 @@ def _trained(
     frozen = Frozen(ranges=start.ranges)
     if teacher is not None:
         frozen = frozen._replace(teacher=teacher.effective(), teacher_ranges=teacher.ranges)
+    rows = own_rows(shop.layout, shop.experiment.train.batch)
     job = Job(
         rt=rt,
         frozen=frozen,
-        batches=shop.corpus.train.batches,
+        batches=lambda start: shop.corpus.train.batches(start, rows),
         config=shop.experiment.train,
         steps=steps,
         directory=shop.stage_dir(stage),
@@ -253,5 +254,4 @@ def runtime(
 
 def _curve(directory: Path) -> list[list[float]]:
     """The learning curve as [step, tokens, loss] from the metrics on disk."""
-    file = directory / "metrics.jsonl"
-    return [[row["step"], row["tokens"], row["loss"]] for row in read_metrics(file)] if file.exists() else []
+    return [[row["step"], row["tokens"], row["loss"]] for row in read_metrics(directory / "metrics.jsonl")]

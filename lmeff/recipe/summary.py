@@ -21,6 +21,8 @@ from lmeff.core.tree import Tree, flatten
 from lmeff.models.cost import CONVENTION as FLOPS
 from lmeff.models.cost import flops_per_token
 from lmeff.models.transformer import param_specs
+from lmeff.parallel.schedule_csv import to_csv
+from lmeff.parallel.schedules import build
 from lmeff.recipe.artifact import Artifact
 from lmeff.recipe.measure import TIMING, held_out, make_scorer, timings
 from lmeff.recipe.stage import Workshop
@@ -63,9 +65,19 @@ def make_report(
         environment=_environment(shop),
         config=_nested_config(experiment, sources),
         data=shop.corpus.describe(),
+        **_schedule(shop),
         held_out_tokens=int(first.tokens.sum()),
         held_out_documents=int((first.tokens > 0).sum()),
     )
+
+
+def _schedule(shop: Workshop) -> dict[str, str]:
+    """The pipeline's schedule, where layers are pipelined."""
+    plan, stages = shop.layout.plan, shop.layout.mesh.shape["pipe"]
+    if stages == 1:
+        return {}
+    made = build(plan.schedule, stages, shop.experiment.train.accumulate, plan.chunks)
+    return {"schedule": made.name, "schedule_table": to_csv(made)}
 
 
 def _row(

@@ -8,8 +8,11 @@ from typing import Any
 
 from lmeff.core.extras import require
 from lmeff.core.files import write_text
+from lmeff.parallel.schedule_csv import from_csv
+from lmeff.parallel.simulate import simulate
 from lmeff.report import words
 from lmeff.report.frontier import frontier
+from lmeff.report.pipeline import schedule_svg
 from lmeff.report.plots import make_plots
 from lmeff.report.schema import ArtifactRow, Report, config_rows
 from lmeff.report.words import AXES
@@ -36,6 +39,7 @@ def render(report: Report) -> str:
         settings=config_rows(report.config),
         environment=config_rows(report.environment),
         facts=_facts(report),
+        pipeline=_pipeline(report),
         made=words.moment(report.created),
         number=words.number,
         shape=lambda shape: " × ".join(map(str, shape)) or "scalar",
@@ -60,6 +64,22 @@ def _environment(jinja2: Any) -> Any:
     )
     environment.filters["minus"] = lambda text: re.sub(r"(?<![\w.-])-(?=\d)", "−", text)
     return environment
+
+
+def _pipeline(report: Report) -> dict[str, str] | None:
+    """The schedule's picture, and what it costs in words."""
+    if not report.schedule_table:
+        return None
+    schedule = from_csv(report.schedule_table, report.schedule)
+    counts = simulate(schedule)
+    picture = schedule_svg(schedule)
+    size = re.search(r'viewBox="0 0 (\d+) ', picture)
+    assert size is not None
+    caption = (
+        f"{report.schedule}: {words.plural(schedule.stages, 'stage')}, microbatches: {schedule.microbatches}, "
+        f"{words.plural(schedule.ticks, 'tick')}, {counts.idle_share:.0%} of them idle; at most {int(counts.in_flight.max())} in flight on a stage."
+    )
+    return {"picture": picture, "width": size[1], "caption": caption}
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:

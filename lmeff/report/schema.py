@@ -95,6 +95,7 @@ class Report:
     conventions: what a number means, by topic: "FLOPs", "storage", "timing", "interval".
     environment: versions, devices, cores.
     config:      the resolved config, nested; a leaf is `{"value": ..., "origin": "what set it"}` or a bare value.
+    schedule:    of the pipeline, by name; `schedule_table` is its table as CSV. Empty where layers were not pipelined.
     """
 
     name: str
@@ -107,6 +108,8 @@ class Report:
     environment: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     data: str = ""
+    schedule: str = ""
+    schedule_table: str = ""
     held_out_tokens: int = 0
     held_out_documents: int = 0
 

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from lmeff.core.errors import CheckpointError
+from lmeff.parallel.processes import leads, sync
 from lmeff.train.digest import digests
 from lmeff.train.seal import broken, seal
 
@@ -81,9 +82,10 @@ class Checkpointer:
         Raises `CheckpointError` where there is none, where it does not fit, or where it is damaged. It never falls back to an earlier step.
         """
         step = self._latest()
-        problem = broken(self.directory / str(step))
+        problem = broken(self.directory / str(step)) if leads() else None  # reads every byte: once is enough
         if problem is not None:
             raise self._damaged(step, problem)
+        sync("seal checked")
         manifest = self._read_manifest(step)
         wanted = _leaves(abstract)
         self._compare(step, manifest["leaves"], wanted)
@@ -137,7 +139,7 @@ class Checkpointer:
 
     def _commit(self, manager: ocp.CheckpointManager, step: int) -> None:
         manager.wait_until_finished()
-        if jax.process_index() == 0:
+        if leads():
             seal(self.directory / str(step))
 
     def _finish(self) -> None:
@@ -212,7 +214,9 @@ class Checkpointer:
         except Exception as error:  # orbax raises many kinds for one cause
             raise self._damaged(step, f"its arrays cannot be read ({_first_line(error)})") from error
         empty = {
-            path: jax.device_put(jnp.zeros(x.shape, x.dtype), places[path]) for path, x in wanted.items() if not x.size
+            path: jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=places[path])(x.shape, x.dtype)
+            for path, x in wanted.items()
+            if not x.size
         }
         return {path: (stored | empty)[path] for path in wanted}
 
@@ -256,7 +260,7 @@ def lock(directory: Path) -> Iterator[None]:
 
     The operating system drops the lock when its holder ends, however it ends. On a pod, process 0 holds it for all.
     """
-    if jax.process_index() != 0:
+    if not leads():
         yield
         return
     directory.mkdir(parents=True, exist_ok=True)

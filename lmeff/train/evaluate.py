@@ -29,11 +29,12 @@ class DocumentLosses(NamedTuple):
 
 
 def make_eval_step(model: Model, layout: Layout, policy: Policy) -> EvalStep:
-    """The jitted `(params, state, ranges, batch) -> nats [B, T]`, zero where a target has no weight."""
+    """The jitted `(params, state, ranges, placed batch) -> nats [B, T]` in the order of the rows, zero where a target has no weight."""
     nll = token_nll(Projection(model.cfg, model.numerics))
 
     def step(params: Any, state: Any, ranges: Ranges | None, batch: Batch) -> jax.Array:
-        return nll(layout, model.run(layout, params, state, batch, ranges, policy, "none"), batch)
+        nats_BT = nll(layout, model.run(layout, params, state, batch, ranges, policy, "none"), batch)
+        return layout.in_row_order(nats_BT)
 
     return jax.jit(step, out_shardings=layout.replicated)
 

@@ -13,6 +13,7 @@ import jax
 from lmeff.core.batch import Batch
 from lmeff.core.errors import CheckpointError, ConfigError, UserError
 from lmeff.parallel.mesh import place_batch
+from lmeff.parallel.processes import sync
 from lmeff.train.checkpoint import Checkpointer
 from lmeff.train.metrics import MetricsWriter, read_metrics
 from lmeff.train.progress import Progress
@@ -62,7 +63,8 @@ class TrainConfig:
 class Job:
     """One training run: what is trained, on what, until when, and where it writes.
 
-    batches:       the data from a step on; a pure function of the step, so a resumed run takes the very batches of the uninterrupted one.
+    batches:       the data from a step on, of each batch the rows of this process (`own_rows`); a pure function of the step, so a resumed run
+                   takes the very batches of the uninterrupted one.
     learning_rate: what step number `step` (from 0) uses, for the log.
     metadata:      JSON-able facts stored with each checkpoint.
     evaluate:      the held-out loss in nats/token, for `config.eval_every`.
@@ -148,8 +150,9 @@ def _run(job: Job, state: TrainState, outlets: Outlets) -> tuple[TrainState, Cos
         return state, Cost(0.0, 0.0, rows[-1]["tokens"] if rows else 0)
     began = time.perf_counter()
     batches = job.batches(start)
-    batch = place_batch(next(batches), job.rt.layout)
+    batch = place_batch(next(batches), job.rt.layout, job.config.batch)
     compiled = compile_step(job.rt, state, batch, job.frozen)
+    sync("compiled")  # one may take minutes longer, and collectives wait half a minute
     compile_seconds = time.perf_counter() - began
     log = Log(job, outlets, start, batch.tokens.size)
     for step in range(start + 1, job.steps + 1):
@@ -161,7 +164,7 @@ def _run(job: Job, state: TrainState, outlets: Outlets) -> tuple[TrainState, Cos
             log.flush()  # a checkpoint vouches for the lines before it, and for a loss that was a number
             outlets.checkpointer.save(step, state, job.metadata)
         if step < job.steps:
-            batch = place_batch(next(batches), job.rt.layout)
+            batch = place_batch(next(batches), job.rt.layout, job.config.batch)
     jax.block_until_ready(state)
     seconds = time.perf_counter() - began - compile_seconds
     return state, Cost(seconds, compile_seconds, job.steps * batch.tokens.size)

@@ -123,13 +123,13 @@ class Kinds(NamedTuple):
         return self._map(lambda spec, own, x: spec is not None and spec.stacked and x.shape[:1] == spec.shape[:1], tree)
 
     def muon(self, tree: Any) -> Any:
-        """[L, in..., out...] as matrices, layer by layer, by the letters that the model contracts; None for what is not one."""
+        """[L, in..., out...] as matrices, layer by layer and expert by expert, by the letters that the model contracts; None for what is not one."""
 
         def leaf(spec: ParamSpec | None, own: bool, x: Any) -> Any:
             if spec is None or not own or not spec.is_matmul or not spec.stacked:
                 return None
             inputs = tuple(x.ndim + axis for axis in spec.axes)
-            outputs = tuple(i for i in range(1, x.ndim) if i not in inputs)
+            outputs = tuple(x.ndim + axis for axis in spec.own_axes if axis not in spec.axes)
             return contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
 
         return self._map(leaf, tree)

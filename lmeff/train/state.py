@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lmeff.compress.base import Compression, State
+from lmeff.core.batch import Batch
 from lmeff.core.specs import abstract
 from lmeff.core.tree import Tree
 from lmeff.models.remat import HOST
@@ -89,6 +90,16 @@ def abstract_state(
     made = jax.eval_shape(lambda p: build_state(p, specs, compression, tx, ema=ema), abstract(specs, dtype))
     places = state_shardings(made, specs, layout, offload=offload)
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), made, places)
+
+
+def abstract_batch(rows: int, tokens: int, layout: Layout) -> Batch:
+    """A batch [B, T] as shapes with shardings, to compile for."""
+
+    def leaf(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((rows, tokens), dtype, sharding=layout.sharding("BS", (rows, tokens)))
+
+    ids = leaf(jnp.int32)
+    return Batch(ids, ids, ids, ids, leaf(jnp.float32))
 
 
 def with_shardings(tree: Any, specs: Tree, layout: Layout) -> Any:

@@ -17,11 +17,19 @@ from lmeff.core.precision import Policy
 from lmeff.core.tree import Tree
 from lmeff.distill.objectives import Objective
 from lmeff.models.config import ModelConfig
-from lmeff.models.transformer import Output, View, forward, identity_view, param_specs
+from lmeff.models.moe import auxiliary as routing_loss
+from lmeff.models.transformer import Output, View, forward, identity_view, param_specs, substate
 from lmeff.parallel.mesh import Layout, partitions, shardings
-from lmeff.parallel.region import accumulated, gradient, regional
+from lmeff.parallel.pipeline import Counts, Losses, Member, Share, run_pipeline
+from lmeff.parallel.program import compile_schedule
+from lmeff.parallel.region import accumulated, gradient, regional, split_rows
+from lmeff.parallel.schedules import build
 from lmeff.parallel.seam import layout_ops
-from lmeff.parallel.tiles import row_major
+from lmeff.parallel.slices import Slice, SliceModel
+from lmeff.parallel.stages import layer_table, layers_present, take_layers
+from lmeff.parallel.stash import STASHES
+from lmeff.parallel.tables import Schedule
+from lmeff.parallel.tiles import pinned, row_major
 from lmeff.train.loss_scale import PATIENCE, current_scale, find
 from lmeff.train.optim import ema_update
 from lmeff.train.state import Trainable, TrainState, on_host
@@ -50,7 +58,7 @@ class Model(NamedTuple):
             ranges=ranges,
             remat=remat,
             unroll=layout.layers_at_once(remat),
-            enter=layout.pinned,
+            enter=functools.partial(pinned, layout),
             compute_dtype=policy.compute,
             output_dtype=policy.output,
         )
@@ -167,12 +175,82 @@ def gradients(
         return objective * factor, {**sums, "objective": objective}
 
     run = functools.partial(gradient, loss_fn, rt.layout)
-    if rt.accumulate > 1:
+    axes = rt.layout.axes("BL")
+    if rt.accumulate > 1 or "pipe" in axes:
         cuts = (*(partitions(x, rt.specs, rt.layout) for x in (trainable, auxiliary)), frozen_partitions(rt, frozen))
         local = functools.partial(accumulated, loss_fn, rt.accumulate)
-        run = regional(local, rt.layout, rt.layout.axes("B"), cuts)
+        if "pipe" in axes:
+            local = lambda *given: pipelined_gradients(rt, *given)[:2]  # noqa: E731
+        run = regional(local, rt.layout, axes, cuts)
     grads, sums = run(trainable, auxiliary, batch, (frozen, scale / total))
     return grads, {name: value / total for name, value in sums.items()}
+
+
+def pipelined_gradients(
+    rt: Runtime, layout: Layout, trainable: Trainable, auxiliary: Any, batch: Batch, given: tuple[Frozen, Any]
+) -> tuple[Trainable, Metrics, Counts]:
+    """Gradients and sums of the rows of a group from this stage of the pipeline, and what the stage counted; inside a region.
+
+    Weights are seen by the compression once a step. The pipeline differentiates by what is seen, and one pull takes that back to what is trained.
+    """
+    assert rt.student.cfg.moe is None, "config.validate refuses experts in a pipeline"
+    frozen, factor = given
+    plan = layout.plan
+    schedule = build(plan.schedule, layout.mesh.shape["pipe"], rt.accumulate, plan.chunks)
+
+    def seen(trainable: Trainable) -> Any:
+        state = State(trainable.compression, auxiliary)
+        return staged(
+            rt.student, schedule, {k: rt.student.view(p, substate(state, k)) for k, p in trainable.params.items()}
+        )
+
+    def loss(student: Output, teacher: Output | None, batch: Batch) -> tuple[jax.Array, Metrics]:
+        objective, sums = rt.objective(layout, student, teacher, batch)
+        return objective * factor, {**sums, "objective": objective}
+
+    def layers(kept: Metrics) -> tuple[jax.Array, Metrics]:
+        if not kept:
+            return jnp.zeros(()), {}
+        routing, told = routing_loss(kept, rt.student.cfg)
+        return routing * factor, {**told, "objective": routing}
+
+    shown, pull = jax.vjp(seen, trainable)
+    student = member(rt.student, layout, schedule, shown, frozen.ranges, rt.policy, rt.remat)
+    teacher = None
+    if rt.teacher is not None:
+        shown_teacher = staged(rt.teacher, schedule, frozen.teacher)
+        teacher = member(rt.teacher, layout, schedule, shown_teacher, frozen.teacher_ranges, rt.policy, "none")
+    pieces = split_rows(batch, rt.accumulate)
+    stash = STASHES[plan.stash]
+    program = compile_schedule(schedule, stash.until)
+    d_blocks, d_outer, sums, counts = run_pipeline(
+        program, stash, layout, student, teacher, Losses(loss, layers), pieces
+    )
+    grads = {"blocks": d_blocks, **d_outer}
+    grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, shown)
+    return pull(grads)[0], sums, counts
+
+
+def staged(model: Model, schedule: Schedule, params: Any) -> Any:
+    """Seen parameters with the layers that this stage holds, [v, n, ...]."""
+    table, cut = layer_table(schedule, model.cfg.layers), model.cfg.layers % schedule.stages == 0
+    blocks = jax.tree.map(lambda x: take_layers(x, table, cut=cut), params["blocks"])
+    return {**params, "blocks": blocks}
+
+
+def member(
+    model: Model, layout: Layout, schedule: Schedule, shown: Any, ranges: Ranges | None, policy: Policy, remat: str
+) -> Member:
+    """A model as the pipeline runs it, and this stage's share of it."""
+    table = layer_table(schedule, model.cfg.layers)
+    ranges = ranges or {}
+    own = {site: take_layers(x, table, cut=False) for site, x in ranges.items() if site != "head"}
+    chunks = Slice(shown["blocks"], own, layers_present(table))
+    outer = {key: part for key, part in shown.items() if key != "blocks"}
+    head = {site: x for site, x in ranges.items() if site == "head"}
+    make = functools.partial(layout_ops, layout, model.numerics)
+    static = SliceModel(model.cfg, make, policy.compute, policy.output, remat)
+    return Member(static, Share(chunks, outer, head))
 
 
 def frozen_partitions(rt: Runtime, frozen: Frozen) -> Any:

@@ -21,7 +21,7 @@ from tests.layouts.trial import make_batch
         (MeshPlan(fsdp=4), 8, {"data": 2, "fsdp": 4}),
         (MeshPlan(data=2, fsdp=2, tensor=2), 8, {"data": 2, "fsdp": 2, "tensor": 2}),
         (MeshPlan(tensor=8), 8, {"tensor": 8}),
-        (MeshPlan(dcn=2, pipe=2, context=2), 8, {"dcn": 2, "data": 1, "pipe": 2, "context": 2}),
+        (MeshPlan(dcn=2, pipe=2, context=2, sequence="gather"), 8, {"dcn": 2, "data": 1, "pipe": 2, "context": 2}),
     ],
 )
 def test_degrees(plan, devices, want):
@@ -36,6 +36,8 @@ def test_degrees(plan, devices, want):
         ({"fsdp": 0}, 8, r"mesh\.fsdp: got 0, expected at least 1"),
         ({"data": -1}, 8, r"mesh\.data: got -1"),
         ({"zero": 4}, 8, r"mesh\.zero: got 4, expected a stage of ZeRO"),
+        ({"sequence": "rings"}, 8, r"mesh\.sequence: got 'rings', expected one of"),
+        ({"pipe": 2, "context": 2}, 8, r"mesh\.sequence: got 'ring' on pipe 2 x context 2, expected 'gather'"),
         ({"fsdp": 3}, 8, r"data \* x fsdp 3 on 8 devices"),
         ({"data": 2, "tensor": 2}, 8, r"data 2 x tensor 2 on 8 devices.*--devices 4"),
         ({"fsdp": 16}, 8, r"on 8 devices.*--devices 16"),

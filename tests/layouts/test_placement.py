@@ -19,7 +19,7 @@ WEIGHT = 64  # elements; every matrix and its shards are larger, every scalar me
 
 def groups_over(mesh, *axes):
     """The groups of devices that a collective over these mesh axes joins."""
-    ids = np.arange(8).reshape(mesh.degrees)
+    ids = np.arange(8).reshape([getattr(mesh, axis) for axis in AXES])
     own = [AXES.index(axis) for axis in axes]
     rows = np.moveaxis(ids, own, range(-len(own), 0)).reshape(-1, math.prod(ids.shape[i] for i in own))
     return frozenset(frozenset(map(int, row)) for row in rows)
@@ -110,7 +110,7 @@ def test_tensor_parallel_moves_activations_and_no_weights():
 def test_the_residual_stream_is_kept_cut_over_time():
     """With full remat the backward loop is given each layer's input and nothing else: [L, B, T, D] with B over fsdp and T over tensor."""
     mesh = MESHES[7]
-    assert (mesh.remat, mesh.degrees) == ("full", (1, 2, 4))
+    assert (mesh.remat, mesh.degrees) == ("full", {"fsdp": 2, "tensor": 4})
     text = run(mesh, "all").text
     assert f"f32[2,{ROWS // 2},{TOKENS // 4},64]" in text
     assert f"f32[2,{ROWS // 2},{TOKENS},64]" not in text

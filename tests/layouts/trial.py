@@ -1,6 +1,8 @@
 """Five train steps of a tiny model on a mesh, with everything a layout could get wrong recorded."""
 
+import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,9 +19,9 @@ from lmeff.core.precision import Policy
 from lmeff.core.specs import initialize
 from lmeff.core.tree import map_with_path
 from lmeff.distill.objectives import Distill, Projection, head_objective
-from lmeff.models.config import ModelConfig
+from lmeff.models.config import ModelConfig, MoE
 from lmeff.models.transformer import param_specs
-from lmeff.parallel.mesh import MeshPlan, make_layout, place_batch, shardings
+from lmeff.parallel.mesh import AXES, MeshPlan, make_layout, place_batch, shardings
 from lmeff.train.optim import OptimConfig, make_optimizer
 from lmeff.train.state import create_state
 from lmeff.train.step import Frozen, Model, Runtime, make_train_step
@@ -30,6 +32,15 @@ UNOPTIMIZED = {"xla_backend_optimization_level": 0}  # of LLVM: half the compile
 MODELS = {
     "grouped": ModelConfig(vocab=96, width=64, layers=2, heads=8, kv_heads=4, ffn=128, tied=False),
     "tied": ModelConfig(vocab=96, width=64, layers=2, heads=8, kv_heads=8, ffn=128, qk_norm=True, logit_softcap=20.0),
+    "uneven": ModelConfig(vocab=96, width=32, layers=5, heads=4, kv_heads=2, ffn=64),
+    "experts": ModelConfig(vocab=96, width=64, layers=2, heads=4, kv_heads=2, ffn=32, moe=MoE(experts=8, shared=1)),
+    "capacity": ModelConfig(
+        vocab=96, width=64, layers=2, heads=4, kv_heads=2, ffn=32, moe=MoE(experts=8, capacity=1.0, normalize=False)
+    ),
+    "four": ModelConfig(vocab=96, width=32, layers=4, heads=4, kv_heads=2, ffn=64),
+    "moe": ModelConfig(
+        vocab=96, width=32, layers=4, heads=4, kv_heads=2, ffn=32, tied=False, moe=MoE(experts=4, shared=1)
+    ),
     "deep": ModelConfig(vocab=96, width=32, layers=16, heads=4, kv_heads=4, ffn=128),
 }
 TEACHER = ModelConfig(vocab=96, width=32, layers=2, heads=8, kv_heads=8, ffn=64, tied=False)
@@ -61,25 +72,38 @@ FEATURES = {
 class Mesh:
     """A layout and the knobs that must not change results."""
 
+    dcn: int = 1
     data: int = 1
     fsdp: int = 1
+    pipe: int = 1
+    expert: int = 1
+    context: int = 1
     tensor: int = 1
+    zero: int = 3
+    schedule: str = "1f1b"
+    chunks: int | None = None
+    stash: str = "input"
+    sequence: str = "ring"
     accumulate: int = 1
     remat: str = "none"
     model: str = "grouped"
 
     @property
+    def plan(self):
+        return MeshPlan(**{field.name: getattr(self, field.name) for field in dataclasses.fields(MeshPlan)})
+
+    @property
     def degrees(self):
-        return (self.data, self.fsdp, self.tensor)
+        """Of the axes wider than 1."""
+        return {axis: getattr(self, axis) for axis in AXES if getattr(self, axis) > 1}
 
     @property
     def devices(self):
-        return self.data * self.fsdp * self.tensor
+        return math.prod(self.degrees.values())
 
     @property
     def layout(self):
-        plan = MeshPlan(data=self.data, fsdp=self.fsdp, tensor=self.tensor)
-        return make_layout(plan, jax.devices()[: self.devices])
+        return make_layout(self.plan, jax.devices()[: self.devices])
 
 
 class Trial(NamedTuple):

@@ -17,7 +17,14 @@ def forward(params, batch, cfg):
                 [norm(v, own, "attn_norm", cfg) for v in x], own, batch.segments[row], batch.positions[row], cfg
             )
             x = [v + m for v, m in zip(x, mixed, strict=True)]
-            x = [v + mlp(norm(v, own, "mlp_norm", cfg), own, cfg) for v in x]
+            inner = [norm(v, own, "mlp_norm", cfg) for v in x]
+            if cfg.moe is None:
+                made = [mlp(v, own, cfg) for v in inner]
+            else:
+                made = experts(
+                    inner, batch.segments[row], {path.removeprefix("moe/"): w for path, w in own.items()}, cfg
+                )[0]
+            x = [v + m for v, m in zip(x, made, strict=True)]
         head = p["embed/table"].T if cfg.tied else p["head/w"]
         out = np.stack([norm(v, p, "final_norm", cfg) for v in x]) @ head
         logits.append(cap(out, cfg.logit_softcap))
@@ -92,6 +99,40 @@ def mlp(x, p, cfg):
     else:
         h = gelu(h)
     return h @ p["mlp/down"] + (p["mlp/down_bias"] if cfg.bias else 0)
+
+
+def experts(x, segments, p, cfg):
+    """A row through its experts, token by token: outputs, and the row's statistics (balance, router_z, dropped)."""
+    moe, tokens = cfg.moe, int((np.asarray(segments) > 0).sum())
+    room = np.inf if moe.capacity is None else math.ceil(moe.capacity * len(x) * moe.top_k / moe.experts)
+    likes, chosen, taken, z, dropped, outputs = [], [0] * moe.experts, [0] * moe.experts, 0.0, 0, []
+    for v, segment in zip(x, segments, strict=True):
+        out = np.zeros(cfg.width)
+        if segment:
+            scores = v @ p["router"]
+            z += np.log(np.exp(scores).sum()) ** 2
+            own = np.exp(scores) / np.exp(scores).sum()
+            likes.append(own)
+            best = sorted(range(moe.experts), key=lambda e: (-own[e], e))[: moe.top_k]
+            total = sum(own[e] for e in best) if moe.normalize else 1.0
+            for e in best:
+                chosen[e] += 1
+                if taken[e] < room:
+                    taken[e] += 1
+                    weights = {f"mlp/{name}": p[name][e] for name in ("up", "gate", "down") if name in p}
+                    out += own[e] / total * mlp(v, weights, cfg)
+                else:
+                    dropped += 1
+        if moe.shared:
+            out += mlp(v, {f"mlp/{name}": p[f"shared/{name}"] for name in ("up", "gate", "down")}, cfg)
+        outputs.append(out)
+    share = np.array(chosen) * moe.experts / (moe.top_k * max(tokens, 1))
+    balance = share @ np.sum(likes, axis=0) / tokens if tokens else 0.0
+    return outputs, {
+        "balance": balance,
+        "router_z": z / max(tokens, 1),
+        "dropped": dropped / (moe.top_k * max(tokens, 1)),
+    }
 
 
 def gelu(x):

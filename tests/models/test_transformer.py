@@ -13,7 +13,7 @@ from lmeff.core.ops import lookup, make_ops
 from lmeff.core.specs import abstract, count, initialize
 from lmeff.core.tree import flatten, map_with_path
 from lmeff.models.attention import attention
-from lmeff.models.config import PRESETS, ModelConfig, preset
+from lmeff.models.config import PRESETS, ModelConfig, MoE, preset
 from lmeff.models.transformer import forward, param_specs, project, sites
 from tests.models import oracle
 
@@ -27,6 +27,8 @@ VARIANTS = {
     "plain gelu, biases, layer norms": {"activation": "gelu", "bias": True, "norm": "layer", "tied": False},
     "head norms, window": {"qk_norm": True, "window": 3},
     "softcaps, wide heads": {"logit_softcap": 3.0, "attention_softcap": 2.0, "head_width": 6},
+    "experts": {"moe": MoE(experts=4, top_k=2, shared=1)},
+    "experts, softmax over all, plain": {"moe": MoE(experts=3, top_k=2, normalize=False), "activation": "gelu"},
     "everything": {
         "kv_heads": 1,
         "activation": "geglu",

@@ -8,7 +8,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from lmeff.parallel.schedule_csv import to_csv
+from lmeff.parallel.schedules import build
 from lmeff.report.html import render, write_html
+from lmeff.report.pipeline import schedule_svg
 from lmeff.report.schema import Verdict
 from tests.report.report_sample import make_report
 
@@ -203,3 +206,13 @@ def luminance(color):
     parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_a_pipelined_run_shows_its_schedule():
+    report = make_report()
+    schedule = build("zb-h1", 4, 8)
+    page = render(dataclasses.replace(report, schedule="zb-h1", schedule_table=to_csv(schedule)))
+    assert schedule_svg(schedule) in page
+    assert "zb-h1: 4 stages, microbatches: 8, 27 ticks, 11% of them idle" in page
+    assert 'id="pipeline"' not in render(report)
+    Page(page)

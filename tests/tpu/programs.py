@@ -15,9 +15,9 @@ from lmeff.distill.objectives import Projection, head_objective
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.devices import topology
-from lmeff.parallel.mesh import abstract_batch, make_layout
+from lmeff.parallel.mesh import make_layout
 from lmeff.train.optim import OptimConfig, make_optimizer
-from lmeff.train.state import abstract_state
+from lmeff.train.state import abstract_batch, abstract_state
 from lmeff.train.step import Frozen, Model, Runtime, make_train_step
 
 needs_libtpu = pytest.mark.skipif(

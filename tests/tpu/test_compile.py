@@ -11,7 +11,8 @@ import pytest
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.devices import topology
 from lmeff.parallel.leaves import LARGE, leaf_table
-from lmeff.parallel.mesh import AXES, MeshPlan, abstract_batch, make_layout
+from lmeff.parallel.mesh import AXES, MeshPlan, make_layout
+from lmeff.train.state import abstract_batch
 from tests.layouts.hlo import collectives
 from tests.tpu.programs import CFG, TOKENS, arguments, compiled, needs_libtpu, shard_bytes
 

@@ -1,0 +1,137 @@
+"""Experts over devices: every mesh is one device, and what crosses devices is what the formulas say."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from lmeff.config.schema import Experiment
+from lmeff.config.validate import validate
+from lmeff.core.errors import ConfigError
+from lmeff.data.config import DataConfig
+from lmeff.models.config import preset
+from lmeff.models.moe import row_capacity
+from lmeff.parallel.mesh import MeshPlan
+from tests.layouts.hlo import collectives
+from tests.layouts.trial import MODELS, ROWS, TOKENS, Mesh, relative, run
+
+EIGHT = Mesh(expert=8, model="capacity")
+EIGHT_DROPLESS = Mesh(expert=8, model="experts")
+CASES = [
+    (EIGHT, "plain"),
+    (EIGHT_DROPLESS, "plain"),
+    (Mesh(expert=4, tensor=2, model="capacity", remat="names"), "plain"),
+    (Mesh(expert=2, fsdp=2, tensor=2, model="experts", remat="full"), "weights"),
+    (Mesh(data=2, expert=4, accumulate=2, model="experts"), "plain"),
+    (Mesh(expert=2, fsdp=2, tensor=2, accumulate=2, model="capacity"), "plain"),
+    (Mesh(data=2, expert=2, context=2, model="capacity"), "plain"),
+]
+SLOW = [
+    (Mesh(expert=4, tensor=2, model="capacity", remat="names"), "mask"),
+    (Mesh(data=2, expert=4, accumulate=2, model="experts"), "all"),
+    (Mesh(expert=2, fsdp=2, tensor=2, accumulate=2, model="capacity"), "teacher"),
+    (Mesh(data=2, expert=4, accumulate=2, model="capacity", remat="dots"), "all"),
+    (Mesh(expert=4, tensor=2, model="experts"), "teacher"),
+    (Mesh(expert=2, fsdp=2, tensor=2, accumulate=2, model="experts"), "weights"),
+    (Mesh(data=2, expert=2, context=2, model="experts", remat="dots"), "mask"),
+    (Mesh(expert=2, context=2, tensor=2, model="capacity"), "all"),
+    (Mesh(data=2, fsdp=2, expert=2, zero=2, model="experts"), "plain"),
+    (Mesh(data=2, fsdp=4, model="experts"), "plain"),
+    (Mesh(fsdp=4, tensor=2, model="capacity", remat="names"), "weights"),
+    (Mesh(dcn=2, fsdp=2, expert=2, model="capacity"), "mask"),
+]
+
+
+def name(mesh, feature):
+    axes = [f"{axis}{size}" for axis, size in mesh.degrees.items()]
+    more = [f"accumulate{mesh.accumulate}"] * (mesh.accumulate > 1) + [f"zero{mesh.zero}"] * (mesh.zero < 3)
+    return "-".join([feature, *axes, *more, mesh.remat, mesh.model])
+
+
+def one(mesh):
+    return Mesh(model=mesh.model)
+
+
+PARAMS = [pytest.param(*case, id=name(*case)) for case in CASES]
+PARAMS += [pytest.param(*case, id=name(*case), marks=pytest.mark.slow) for case in SLOW]
+
+
+@pytest.mark.parametrize(("mesh", "feature"), PARAMS)
+def test_equals_one_device(mesh, feature):
+    got, want = run(mesh, feature), run(one(mesh), feature)
+    dropped = ["dropped"] if mesh.model == "capacity" else []
+    for key in ("loss", "objective", "balance", "router_z", *dropped):
+        assert abs(got.metrics[0][key] / want.metrics[0][key] - 1) <= 1e-6, key
+    assert not dropped or want.metrics[0]["dropped"] > 0.1
+    assert got.gradients.keys() == want.gradients.keys()
+    for path, gradient in want.gradients.items():
+        assert np.abs(gradient).max() > 0, path
+        assert relative(got.gradients[path], gradient) <= 1e-5, path
+    for path, value in want.auxiliary.items():
+        assert (got.auxiliary[path] == value).all(), path
+    for path, value in want.final.items():
+        assert np.abs(got.final[path] - value).max() <= 1e-5, path
+    assert want.metrics[-1]["objective"] < want.metrics[0]["objective"]
+
+
+def test_experts_and_their_moments_lie_in_shards():
+    mesh = CASES[3][0]
+    shards = run(mesh, "weights").shards
+    own = {path: found for path, found in shards.items() if path.endswith("['moe']['up']")}
+    assert len(own) == 4, own  # the parameter, both moments, the kept gradient
+    assert set(own.values()) == {((2, 8, 64, 32), (2, 4, 32, 16))}
+    factors = {path: found for path, found in shards.items() if "['moe']['up'].value" in path}
+    assert set(factors.values()) == {((2, 8, 4, 32), (2, 4, 4, 16))}
+
+
+def crossings(mesh, feature="plain"):
+    """Elements of each collective over the expert axis in the loops over layers, by kind, of arrays as wide as the model."""
+    found: dict[str, list[int]] = {}
+    width = MODELS[mesh.model].width
+    for c in collectives(run(mesh, feature).text):
+        if c.loop and any(shape[-1:] == (width,) for shape in c.shapes):
+            found.setdefault(c.kind, []).append(c.elements)
+    return found
+
+
+def test_a_capacity_fixes_what_crosses_devices():
+    """Two all-to-alls forward and two backward, each of E x rows x C x D numbers on a device, of which (e - 1) / e leave it."""
+    cfg, rows = MODELS["capacity"], ROWS // EIGHT.expert
+    slots = row_capacity(cfg.moe, TOKENS)
+    assert slots == math.ceil(TOKENS * cfg.moe.top_k / cfg.moe.experts)
+    numbers = cfg.moe.experts * rows * slots * cfg.width
+    assert numbers == cfg.moe.capacity * cfg.moe.top_k * rows * TOKENS * cfg.width
+    assert crossings(EIGHT)["all-to-all"] == [numbers] * 4
+
+
+def test_without_a_capacity_tokens_go_to_all_devices_once():
+    """An all-gather of e n D numbers and a reduce-scatter to n D forward, and the other way round backward; no all-to-all of buffers k times as large."""
+    cfg = MODELS["experts"]
+    tokens = ROWS // EIGHT_DROPLESS.expert * TOKENS
+    found = crossings(EIGHT_DROPLESS)
+    assert found["all-gather"] == [EIGHT_DROPLESS.expert * tokens * cfg.width] * 2
+    assert found["reduce-scatter"] == [tokens * cfg.width] * 2
+    assert "all-to-all" not in found
+
+
+def test_experts_stay_where_they_are():
+    cfg = MODELS["capacity"]
+    for mesh in (EIGHT, EIGHT_DROPLESS):
+        for c in collectives(run(mesh, "plain").text):
+            assert not any(
+                shape[-2:] in ((cfg.width, cfg.ffn), (cfg.ffn, cfg.width)) and len(shape) > 2 for shape in c.shapes
+            ), c
+
+
+def config(mesh, **changes):
+    model = dataclasses.replace(preset("moe_tiny", vocab=512), **changes)
+    return Experiment(name="x", model=model, mesh=mesh, data=DataConfig())
+
+
+def test_experts_that_cannot_be_cut_are_refused():
+    assert validate(config(MeshPlan(expert=4, data=2)), 8)
+    with pytest.raises(ConfigError, match=r"E = 4 over expert = 8"):
+        validate(config(MeshPlan(expert=8)), 8)
+    with pytest.raises(ConfigError, match=r"mesh\.pipe: got 2 for a model with experts"):
+        validate(config(MeshPlan(pipe=2, data=4)), 8)

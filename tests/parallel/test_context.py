@@ -1,0 +1,172 @@
+"""Attention over a row that is cut over devices equals attention over the whole row, in every form; and what each form moves and keeps."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from lmeff.models import attention as attn
+from lmeff.models.mask import Mask
+from lmeff.parallel.context import FORMS, context_attention
+from lmeff.parallel.mesh import MeshPlan, make_layout
+from lmeff.parallel.order import token_order
+from tests.layouts.traffic import received
+from tests.layouts.trial import UNOPTIMIZED
+
+ROW = P("data", "context")
+CASES = {
+    # form, context, tensor, tokens, heads, key-value heads, mask
+    "ring-packed-grouped": ("ring", 8, 1, 128, 4, 2, Mask(None, None)),
+    "ring-window-softcap": ("ring", 8, 1, 128, 4, 2, Mask(11, 3.0)),
+    "ring-wide-window": ("ring", 4, 2, 64, 4, 2, Mask(30, None)),
+    "ring-two": ("ring", 2, 2, 64, 4, 2, Mask(None, 2.0)),
+    "gather-packed-grouped": ("gather", 8, 1, 128, 4, 2, Mask(None, None)),
+    "gather-window-softcap": ("gather", 4, 2, 64, 4, 2, Mask(11, 3.0)),
+    "ulysses-packed-grouped": ("ulysses", 4, 1, 64, 8, 4, Mask(None, None)),
+    "ulysses-multi-query": ("ulysses", 4, 1, 64, 8, 1, Mask(None, None)),
+    "ulysses-window-softcap": ("ulysses", 4, 2, 64, 24, 6, Mask(11, 3.0)),
+}
+
+
+def inputs(tokens, heads, kv_heads, rows=2, width=8, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, g = (jax.random.normal(key, (rows, tokens, heads, width), dtype) for key in keys[:2])
+    k, v = (jax.random.normal(key, (rows, tokens, kv_heads, width), dtype) for key in keys[2:])
+    segments = np.ones((rows, tokens), np.int32)
+    segments[0, tokens // 3 : tokens - 5] = 2
+    segments[0, tokens - 5 :] = 0
+    return q, k, v, jnp.asarray(segments), g
+
+
+def mesh_of(context, tensor):
+    return make_layout(MeshPlan(context=context, tensor=tensor), jax.devices()[: context * tensor]).mesh
+
+
+def sharded(form, context, tensor, mask, *, checked=True):
+    """`(q, k, v, segments) -> o` of tokens in the form's order."""
+    heads = P("data", "context", "tensor")
+    local = functools.partial(context_attention, form, mask=mask, axis="context", devices=context)
+    specs = {"in_specs": (heads, heads, heads, ROW), "out_specs": heads, "check_vma": checked}
+    return jax.shard_map(local, mesh=mesh_of(context, tensor), **specs)
+
+
+def with_gradients(fn):
+    """`(q, k, v, segments, g) -> (o, (d_q, d_k, d_v))`"""
+
+    def run(q, k, v, segments, g):
+        o, pull = jax.vjp(lambda q, k, v: fn(q, k, v, segments), q, k, v)
+        return o, pull(g)
+
+    return run
+
+
+def assert_close(got, want):
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-5 * float(jnp.abs(w).max()))
+
+
+SLOW = {"ring-wide-window", "gather-packed-grouped", "ulysses-packed-grouped"}
+
+
+def slow_where(condition, *values):
+    return pytest.param(*values, marks=pytest.mark.slow if condition else ())
+
+
+@pytest.mark.parametrize("name", [slow_where(name in SLOW, name) for name in CASES])
+def test_equals_attention_over_the_whole_row(name):
+    form, context, tensor, tokens, heads, kv_heads, mask = CASES[name]
+    args = inputs(tokens, heads, kv_heads)
+    want = with_gradients(functools.partial(attn.reference_attention, mask=mask))(*args)
+    order = token_order(form, tokens, context)
+    run = jax.jit(with_gradients(sharded(form, context, tensor, mask)), compiler_options=UNOPTIMIZED)
+    got = run(*(x[:, order] for x in args))
+    assert_close(jax.tree.map(lambda x: x[:, np.argsort(order)], got), want)
+
+
+@pytest.mark.parametrize("form", [slow_where(form != "gather", form) for form in FORMS])
+def test_equals_it_without_checks_and_in_low_precision(form):
+    """As inside a region, where JAX does not check what varies; and in bfloat16, where sums stay in float32."""
+    args = inputs(64, 8, 4)
+    order = token_order(form, 64, 4)
+    placed = [x[:, order] for x in args]
+    mask = Mask(20, None)
+    got = jax.jit(with_gradients(sharded(form, 4, 1, mask, checked=False)), compiler_options=UNOPTIMIZED)(*placed)
+    want = with_gradients(functools.partial(attn.reference_attention, mask=mask))(*args)
+    assert_close(jax.tree.map(lambda x: x[:, np.argsort(order)], got), want)
+    low = [x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x for x in placed]
+    rounded = jax.jit(with_gradients(sharded(form, 4, 1, mask, checked=False)), compiler_options=UNOPTIMIZED)(*low)
+    for r, g in zip(jax.tree.leaves(rounded), jax.tree.leaves(got), strict=True):
+        assert r.dtype == jnp.bfloat16
+        np.testing.assert_allclose(r.astype(np.float32), g, atol=3e-2 * float(jnp.abs(g).max()))
+
+
+def layered(form, context, tensor, mask):
+    """Gradients of several layers of attention, each with its own k and v."""
+    attend = sharded(form, context, tensor, mask)
+
+    def loss(q, k_L, v_L, segments):
+        o, _ = jax.lax.scan(lambda q, kv: (attend(q, *kv, segments), None), q, (k_L, v_L))
+        return jnp.square(o).sum()
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)), compiler_options=UNOPTIMIZED)
+
+
+def expected_bytes(form, context, sends, *, tokens, q_heads, kv_heads, layers, rows=2, width=8):
+    """`{(kind, dtype): bytes}` that a device receives in all layers, forward and backward. Documents are the same in all: XLA gathers them once."""
+    own = rows * tokens // context
+    documents = {("all-gather", "s32"): own * context * 4}
+    keys = 2 * own * kv_heads * width * 4  # of both k and v
+    if form == "ring":  # k and v forward and backward, their gradients once
+        return {("collective-permute", "f32"): layers * sends * 3 * keys, **documents}
+    if form == "gather":  # all of k and v forward and backward, the own part of their gradients once
+        moved = {("all-gather", "f32"): layers * 2 * keys * context, ("reduce-scatter", "f32"): layers * keys}
+        return {**moved, **documents}
+    both = 2 * own * q_heads * width * 4  # q and o
+    return {("all-to-all", "f32"): layers * 2 * (both + keys), **documents}
+
+
+@pytest.mark.parametrize(
+    ("form", "context", "tensor", "window", "sends"),
+    [
+        ("ring", 8, 1, None, 7),
+        slow_where(True, "ring", 4, 2, None, 3),
+        ("ring", 8, 1, 5, 2),  # the neighbours on both sides
+        ("gather", 4, 2, None, 0),
+        ("ulysses", 4, 2, None, 0),
+    ],
+)
+def test_moves_what_the_formula_says(form, context, tensor, window, sends):
+    layers, tokens, heads, kv_heads = 3, 128, 16, 8
+    q, k, v, segments, _ = inputs(tokens, heads, kv_heads)
+    args = (q, jnp.stack([k] * layers), jnp.stack([v] * layers), segments)
+    text = layered(form, context, tensor, Mask(window, None)).lower(*args).compile().as_text()
+    sizes = {"tokens": tokens, "q_heads": heads // tensor, "kv_heads": kv_heads // tensor, "layers": layers}
+    assert received(text) == expected_bytes(form, context, sends, **sizes)
+
+
+def test_scores_and_all_else_of_a_device_are_an_eighth():
+    """Scores of a ring's device are tiles of its chunks; a device alone, at this length, sees panels of a block against the whole row."""
+    args, scores, memory = inputs(1024, 4, 2, width=12), {}, {}
+    whole = functools.partial(attn.FORMS["panels"], mask=Mask(None, None))
+    for name, fn in (("one", whole), ("eight", sharded("ring", 8, 1, Mask(None, None)))):
+        compiled = jax.jit(with_gradients(fn)).lower(*args).compile(UNOPTIMIZED)
+        shapes = [tuple(int(n) for n in dims.split(",")) for dims in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())]
+        scores[name] = max(math.prod(shape) for shape in shapes if 12 not in shape)
+        memory[name] = compiled.memory_analysis().temp_size_in_bytes
+    print(f"\nlargest scores {scores}, temporary bytes {memory}")
+    assert scores["eight"] <= scores["one"] / 8
+    assert memory["eight"] <= memory["one"] / 8
+
+
+def test_programs_do_not_grow_with_the_ring():
+    args = inputs(128, 2, 1)
+    lines = {}
+    for context in (4, 8):
+        traced = jax.jit(with_gradients(sharded("ring", context, 1, Mask(None, None)))).lower(*args)
+        lines[context] = len(traced.as_text().splitlines())
+    assert lines[8] == lines[4]
