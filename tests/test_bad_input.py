@@ -229,10 +229,11 @@ def test_config_show_tells_origins(text, tmp_path):
     assert shown["config"]["optim"]["learning_rate"] == 0.5
 
 
-def test_config_show_tells_where_parameters_lie(text, tmp_path):
+def test_config_show_tells_where_parameters_lie(text, tmp_path, monkeypatch):
+    monkeypatch.setattr("lmeff.cli.simulate_devices", lambda count: None)  # this process has its eight already
     config = write_config(tmp_path, text)
-    shown = lmeff_json("config", "show", config, "--devices", "8", "--mesh.fsdp", "4", "--mesh.tensor", "2")
+    shown = lmeff_json("config", "show", config, "--devices", "8", "--mesh.fsdp", "8", "--train.batch", "8")
     rows = {row["path"]: row for row in shown["leaves"]["teacher"]}
-    assert rows["embed/table"]["partition"] == "tensor,fsdp"
+    assert rows["embed/table"]["partition"] == "-,fsdp"
     assert rows["embed/table"]["bytes"] * 8 == 4 * 264 * 32
-    assert rows["final_norm/scale"]["copies"] == 2
+    assert rows["embed/table"]["copies"] == 1

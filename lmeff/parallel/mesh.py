@@ -214,15 +214,16 @@ class Layout:
         `inputs` are letters; `outputs` letters or a pytree of them. A sum inside `fn` that is to be differentiated must be right both with and
         without JAX's checks of what varies over the mesh: inside an outer `jax.shard_map` they are off, and where not `checked`.
         """
-        if self.single or (not self._names and self.platform != "tpu"):
+        # On TPUs every axis, also those of size 1: a Pallas kernel must not leave any of them to XLA.
+        names = set(self.mesh.axis_names) - set(self.manual) if self.platform == "tpu" else self._names
+        if self.single or not names:
             return fn
-        # Every axis, also those of size 1: a Pallas kernel for TPUs must not leave any of them to XLA.
         return jax.shard_map(
             fn,
             mesh=None if self.manual else self.mesh,
             in_specs=jax.tree.map(self.partition, tuple(inputs)),
             out_specs=jax.tree.map(self.partition, outputs),
-            axis_names=set(self.mesh.axis_names) - set(self.manual),
+            axis_names=names,
             check_vma=checked and not self.manual,
         )
 
