@@ -26,7 +26,7 @@ from lmeff.launch import Machine, launch, simulate_devices, this_command
 from lmeff.parallel import processes
 from lmeff.parallel.drawing import print_schedule
 from lmeff.parallel.schedule_csv import from_csv, to_csv
-from lmeff.parallel.schedules import build
+from lmeff.parallel.schedules import build, is_file
 from lmeff.parallel.simulate import simulate
 from lmeff.recipe.evaluate import evaluate
 from lmeff.recipe.run import run
@@ -202,7 +202,7 @@ def _show(command: ShowConfig, overrides: Sequence[str], console: Console) -> Js
 
 def _schedule(command: ShowSchedule, overrides: Sequence[str], console: Console) -> Json:
     _refuse(overrides, "schedule")
-    if command.name.endswith(".csv"):
+    if is_file(command.name):
         schedule = from_csv(Path(command.name), Path(command.name).stem)
     else:
         schedule = build(command.name, command.stages, command.microbatches, command.chunks)

@@ -169,6 +169,7 @@ def forward(
     ranges: Ranges | None = None,
     remat: str = "none",
     unroll: int = 1,
+    scan: Callable[..., Any] = jax.lax.scan,
     compute_dtype: Any = jnp.float32,
     output_dtype: Any = None,
 ) -> Output:
@@ -179,6 +180,7 @@ def forward(
     ranges:     calibrated activation ranges by site, [L, 2] for sites of the block and [2] for the head; None when nothing is calibrated.
     remat:      what the backward pass keeps: "none" (all), "dots", "names" (attention outputs and ffn hidden states) or "full" (nothing).
     unroll:     layers in one turn of the scan's loop; changes time and program size, no result.
+    scan:       `jax.lax.scan`, or what does the same where layers are cut over devices (`parallel.layers.layer_scan`).
     output_dtype: of the last hidden state, rounded once from float32; None is the compute dtype.
     """
 
@@ -195,7 +197,7 @@ def forward(
     embed = seen("embed")
     x_BTD = embed_tokens(embed["table"], batch, outer.ops, compute_dtype)
     layers = (params["blocks"], substate(view_state, "blocks"), _block_ranges(ranges))
-    x_BTD, records = jax.lax.scan(remat_policy(remat)(step), x_BTD, layers, unroll=min(unroll, cfg.layers))
+    x_BTD, records = scan(remat_policy(remat)(step), x_BTD, layers, unroll=min(unroll, cfg.layers))
     hidden_BTD = last_hidden(x_BTD, seen("final_norm"), cfg, output_dtype or compute_dtype)
     head = embed["table"] if cfg.tied else seen("head")["w"]
     sums = kept_sums(records)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -58,7 +59,8 @@ class MeshPlan:
     context: parts of the sequence.
     tensor:  parts of every matrix.
     zero:    what fsdp cuts: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also parameters (Rajbhandari et al. 2020).
-    schedule: of the pipeline, whose microbatches are those of `train.accumulate`; `chunks` are the slices of the model on a stage.
+    schedule: of the pipeline, by name or as a .csv file, whose microbatches are those of `train.accumulate`.
+    chunks:  slices of the model on a stage; None takes the schedule's own number.
     stash:   what a stage keeps of a microbatch for its backward pass: its "input", or all "residuals".
     sequence: how attention works over `context`: "ring" (keys go round), "gather" (keys are gathered) or "ulysses" (heads against tokens).
     """
@@ -131,8 +133,8 @@ class Layout:
     manual: tuple[str, ...] = ()
 
     def within(self, axes: tuple[str, ...]) -> "Layout":
-        """The layout as seen inside a `jax.shard_map` over `axes`."""
-        return dataclasses.replace(self, manual=axes)
+        """The layout as seen inside a `jax.shard_map` over `axes`, which may itself be inside another."""
+        return dataclasses.replace(self, manual=(*self.manual, *axes))
 
     @property
     def of_optimizer(self) -> "Layout":
@@ -220,6 +222,13 @@ class Layout:
             axis_names=self._names,
             check_vma=not self.manual,
         )
+
+    def after(self, x: jax.Array, earlier: jax.Array) -> jax.Array:
+        """`x`, on CPUs not before `earlier`, which lies as it does: their collective permutes have no names, and two at a time may take each other's messages."""
+        if self.mesh.devices.flat[0].platform != "cpu":
+            return x
+        # Zeros that XLA cannot know to be zeros; barriers it takes away, and for a single number it would gather all.
+        return x + jnp.minimum(jnp.abs(earlier), 0).astype(x.dtype)
 
     def token_order(self, tokens: int) -> np.ndarray | None:
         """The index in the row of each token as rows lie here; None where that is their own order. Raises `ConfigError` where rows cannot be cut."""

@@ -8,7 +8,7 @@ Tensor and context parallelism go on inside, under the layout of the region (`La
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,27 +81,84 @@ def reduce(tree: Any, cuts: Any, axes: tuple[str, ...]) -> Any:
     return jax.tree.map(leaf, cuts, tree, is_leaf=_is_cut)
 
 
+class Region(NamedTuple):
+    """Where gradients are reduced.
+
+    layout: as seen inside. axes: those the region is manual over. cuts: the partitions of the gradients, over all axes.
+    """
+
+    layout: Layout
+    axes: tuple[str, ...]
+    cuts: Any
+
+    def summed(self, cut: P) -> tuple[str, ...]:
+        """The axes that the gradient of a leaf is summed over: those that do not cut it, and fsdp, which comes first where it does."""
+        cutting = [axis for entry in cut for axis in names(entry)]
+        own = tuple(axis for axis in self.axes if axis not in cutting)
+        return (ZERO_AXIS, *own) if ZERO_AXIS in cutting and ZERO_AXIS in self.axes else own
+
+
+class Reducer(NamedTuple):
+    """How the gradients of single devices become those of the batch.
+
+    init:  `(region, trainable) -> state`, as whole arrays; None where nothing is kept from step to step.
+    cuts:  `(region, state) -> partitions` of the state, over all axes.
+    apply: `(region, gradients, state, step) -> (gradients as `reduce` gives them, state)`, inside the region.
+    """
+
+    init: Callable[[Region, Any], Any]
+    cuts: Callable[[Region, Any], Any]
+    apply: Callable[[Region, Any, Any, jax.Array], tuple[Any, Any]]
+
+
+def _exact(region: Region, grads: Any, state: Any, step: jax.Array) -> tuple[Any, Any]:
+    own = functools.partial(reduce, cuts=region.cuts, axes=region.axes)
+    return region.layout.on_parts(own, (region.cuts,), region.cuts)(grads), state
+
+
+EXACT = Reducer(init=lambda region, trainable: None, cuts=lambda region, state: None, apply=_exact)
+
+
+class Kept(NamedTuple):
+    """What a reducer is given besides gradients: its state, and the step, of which its random numbers are a function."""
+
+    state: Any
+    step: Any
+
+
 def regional(
-    local: Callable[[Layout, Any, Any, Batch, Any], tuple[Any, Sums]], layout: Layout, axes: tuple[str, ...], cuts: Any
-) -> Callable[[Any, Any, Batch, Any], tuple[Any, Sums]]:
-    """`(trainable, auxiliary, batch, frozen) -> (gradients, sums)` of the whole batch.
+    local: Callable[[Layout, Any, Any, Batch, Any], tuple[Any, Sums]],
+    layout: Layout,
+    axes: tuple[str, ...],
+    cuts: Any,
+    reducer: Reducer = EXACT,
+) -> Callable[[Any, Any, Batch, Any, Kept], tuple[Any, Sums, Any]]:
+    """`(trainable, auxiliary, batch, frozen, kept) -> (gradients, sums, the reducer's next state)` of the whole batch.
 
     local: `(layout, trainable, auxiliary, batch, frozen) -> (gradients, sums)` of the rows of one group.
     cuts:  the partitions of trainable, auxiliary and frozen.
     """
-    inner = layout.within(axes)
+    region = Region(layout.within(axes), axes, cuts[0])
 
-    def run(trainable: Any, auxiliary: Any, batch: Batch, frozen: Any) -> tuple[Any, Sums]:
-        whole = inner.on_parts(functools.partial(gather, cuts=cuts), (cuts,), cuts)
+    def run(trainable: Any, auxiliary: Any, batch: Batch, frozen: Any, kept: Kept) -> tuple[Any, Sums, Any]:
+        if not axes:
+            return *local(layout, trainable, auxiliary, batch, frozen), kept.state
+        whole = region.layout.on_parts(functools.partial(gather, cuts=cuts), (cuts,), cuts)
         trainable, auxiliary, frozen = whole((trainable, auxiliary, frozen))
-        grads, sums = local(inner, trainable, auxiliary, batch, frozen)
-        reduced = inner.on_parts(functools.partial(reduce, cuts=cuts[0], axes=axes), (cuts[0],), cuts[0])
-        return reduced(grads), jax.lax.psum(sums, axes)
+        grads, sums = local(region.layout, trainable, auxiliary, batch, frozen)
+        grads, state = reducer.apply(region, grads, *kept)
+        return grads, jax.lax.psum(sums, axes), state
 
-    if not axes:
-        return functools.partial(local, layout)
-    trained, others, given = restrict(cuts, axes)
-    inputs = (trained, others, layout.partition("B"), given)
-    return jax.shard_map(
-        run, mesh=layout.mesh, in_specs=inputs, out_specs=(trained, P()), axis_names=set(axes), check_vma=False
-    )
+    def mapped(trainable: Any, auxiliary: Any, batch: Batch, frozen: Any, kept: Kept) -> tuple[Any, Sums, Any]:
+        state = reducer.cuts(region, kept.state)
+        trained, others, given, state = restrict((*cuts, state), axes)
+        return jax.shard_map(
+            run,
+            mesh=None if layout.manual else layout.mesh,
+            in_specs=(trained, others, layout.partition("B"), given, Kept(state, P())),
+            out_specs=(trained, P(), state),
+            axis_names=set(axes),
+            check_vma=False,
+        )(trainable, auxiliary, batch, frozen, kept)
+
+    return mapped if axes else run
