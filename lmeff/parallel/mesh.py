@@ -224,7 +224,7 @@ class Layout:
         )
 
     def after(self, x: jax.Array, earlier: jax.Array) -> jax.Array:
-        """`x`, on CPUs not before `earlier`, which lies as it does: their collective permutes have no names, and two at a time may take each other's messages."""
+        """`x`, on CPUs not before `earlier`, which lies alike: collective permutes have no names there, and two at a time may take each other's messages."""
         if self.mesh.devices.flat[0].platform != "cpu":
             return x
         # Zeros that XLA cannot know to be zeros; barriers it takes away, and for a single number it would gather all.
