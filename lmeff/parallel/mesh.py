@@ -237,11 +237,11 @@ class Layout:
         )
 
     def after(self, x: jax.Array, earlier: jax.Array) -> jax.Array:
-        """`x`, on CPUs not before `earlier`: their collective permutes have no names, and two at a time may take each other's messages."""
+        """`x`, on CPUs not before `earlier`, which lies alike: collective permutes have no names there, and two at a time may take each other's messages."""
         if self.platform != "cpu":
             return x
-        # A zero that XLA cannot know to be one; barriers it takes away.
-        return x + jnp.minimum(jnp.abs(earlier.ravel()[0]), 0).astype(x.dtype)
+        # Zeros that XLA cannot know to be zeros; barriers it takes away, and for a single number it would gather all.
+        return x + jnp.minimum(jnp.abs(earlier), 0).astype(x.dtype)
 
     def token_order(self, tokens: int) -> np.ndarray | None:
         """The index in the row of each token as rows lie here; None where that is their own order. Raises `ConfigError` where rows cannot be cut."""

@@ -152,12 +152,12 @@ def loss(step: Step) -> Iterator[Term]:
 
 
 def pipeline(step: Step) -> Iterator[Term]:
-    """Two permutes of the payload in every tick, one of two stages only; layers of several chunks are brought to their stages and their gradients back."""
+    """Two permutes of the payload in every tick (of two stages, XLA for TPUs may make one); layers of several chunks are brought to their stages and
+    their gradients back."""
     if step.schedule is None:
         return
-    rings = 2 if step.schedule.stages > 2 else 1  # with two stages both rings are one
     payload = step.activation / step.degrees[TENSOR]
-    yield Term("collective-permute", (PIPE,), payload, step.policy.compute, rings * step.schedule.ticks)
+    yield Term("collective-permute", (PIPE,), payload, step.policy.compute, 2 * step.schedule.ticks)
     table = layer_table(step.schedule, step.cfg.layers)
     for leaf in step.leaves:
         if PIPE in leaf.axes:

@@ -13,7 +13,7 @@ from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.hlo import Conditional, Taken
 from lmeff.parallel.mesh import ZERO_AXIS, Layout, MeshPlan, indivisible, names, plan_layout
-from lmeff.parallel.schedules import build
+from lmeff.parallel.schedules import resolve
 from lmeff.parallel.stages import layer_table
 from lmeff.parallel.tables import Schedule
 
@@ -53,10 +53,12 @@ class Step:
     def __post_init__(self) -> None:
         """Refuses what cannot be cut, and what has no row in the table yet."""
         degrees = self.degrees
-        missing = [axis for axis in ("expert", "context") if degrees[axis] > 1]
+        missing = [axis for axis in ("expert", "context") if degrees[axis] > 1] + ["model.moe"] * (
+            self.cfg.moe is not None
+        )
         if missing:
             raise ConfigError(
-                f"volume: got a mesh with {' and '.join(missing)}, whose collectives have no formula yet; expected degree 1"
+                f"volume: got {' and '.join(missing)}, whose collectives have no formula yet; expected neither experts nor a context axis"
             )
         problems = indivisible(param_specs(self.cfg), degrees)
         if self.tokens % degrees[TENSOR]:
@@ -92,7 +94,7 @@ class Step:
     def schedule(self) -> Schedule | None:
         """Of the pipeline."""
         stages = self.degrees[PIPE]
-        return build(self.plan.schedule, stages, self.accumulate, self.plan.chunks) if stages > 1 else None
+        return resolve(self.plan.schedule, stages, self.accumulate, self.plan.chunks) if stages > 1 else None
 
     @property
     def activation(self) -> int:

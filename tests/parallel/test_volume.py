@@ -145,7 +145,7 @@ def test_a_row_is_all_that_a_new_strategy_adds(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"expert": 2}, "got a mesh with expert, whose collectives have no formula yet"),
+        ({"expert": 2}, "got expert, whose collectives have no formula yet"),
         ({"tensor": 8, "tokens": 60}, "T = 60 over tensor = 8"),
         ({"rows": 12}, "B = 12 over the batch axes and 1 microbatches"),
         ({"pipe": 4, "accumulate": 4, "stage": 4}, "got stage 4, expected 0 to 3"),
