@@ -29,7 +29,7 @@ from lmeff.parallel.slices import Slice, SliceModel
 from lmeff.parallel.stages import layer_table, layers_present, take_layers
 from lmeff.parallel.stash import STASHES
 from lmeff.parallel.tables import Schedule
-from lmeff.parallel.tiles import pinned, row_major
+from lmeff.parallel.tiles import pinned
 from lmeff.train.loss_scale import PATIENCE, current_scale, find
 from lmeff.train.optim import ema_update
 from lmeff.train.state import Trainable, TrainState, on_host
@@ -103,7 +103,7 @@ def make_train_step(rt: Runtime) -> Callable[[TrainState, Batch, Frozen], tuple[
         grads, sums = gradients(rt, state.trainable, state.auxiliary, batch, frozen, scale)
         if scaled:
             grads = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads)
-        grads = row_major(place_gradients(rt, grads), rt.specs, rt.layout)
+        grads = place_gradients(rt, grads)
         updates, opt = rt.tx.update(grads, state.opt, state.trainable)
         trainable: Any = optax.apply_updates(state.trainable, updates)
         auxiliary = rt.compression.update(
