@@ -30,7 +30,7 @@ from lmeff.parallel.drawing import print_schedule
 from lmeff.parallel.leaves import print_stages
 from lmeff.parallel.mesh import make_layout
 from lmeff.parallel.schedule_csv import from_csv, to_csv
-from lmeff.parallel.schedules import build
+from lmeff.parallel.schedules import build, is_file
 from lmeff.parallel.simulate import simulate
 from lmeff.recipe.evaluate import evaluate
 from lmeff.recipe.run import run
@@ -211,7 +211,7 @@ def _show(command: ShowConfig, overrides: Sequence[str], console: Console) -> Js
 
 def _schedule(command: ShowSchedule, overrides: Sequence[str], console: Console) -> Json:
     _refuse(overrides, "schedule")
-    if command.name.endswith(".csv"):
+    if is_file(command.name):
         schedule = from_csv(Path(command.name), Path(command.name).stem)
     else:
         schedule = build(command.name, command.stages, command.microbatches, command.chunks)

@@ -3,6 +3,9 @@
 import contextlib
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 from lmeff.cli import main
@@ -95,4 +98,18 @@ def lmeff_json(*arguments: object) -> dict:
     """The JSON object of a command that succeeds."""
     code, out, err = lmeff(*arguments, "--json")
     assert code == 0, err
+    return json.loads(out)
+
+
+def start(config: Path, name: str, *options: object) -> subprocess.Popen[str]:
+    """The command line in a process of its own, on one device."""
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "lmeff.cli", "run", str(config), "--name", name, "--json", *map(str, options)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> dict:
+    """Its JSON object, once it has succeeded."""
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
     return json.loads(out)

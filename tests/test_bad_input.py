@@ -1,9 +1,15 @@
 """Wrong input: each case one clear paragraph, the right exit code, nothing written."""
 
+import dataclasses
 import json
 
 import pytest
 
+from lmeff.config.files import load_experiment
+from lmeff.config.validate import validate
+from lmeff.parallel.mesh import MeshPlan
+from lmeff.parallel.schedule_csv import to_csv
+from lmeff.parallel.schedules import build
 from tests.runs import lmeff, lmeff_json, write_config, write_text
 
 # What each case changes of the command `lmeff run CONFIG`: options to add; the exit code; words that the message must have.
@@ -24,6 +30,39 @@ OPTIONS = {
         ["4 query heads", "mesh.tensor x mesh.context = 1 x 8", "'gather'"],
     ),
     "batch does not divide": (["--train.batch", "12"], 3, ["train.batch", "got 12", "multiple"]),
+    "batch over all axes of rows": (
+        ["--mesh.dcn", "2", "--mesh.expert", "2", "--train.batch", "12", "--train.accumulate", "2"],
+        3,
+        ["train.batch", "mesh.dcn x mesh.data x mesh.expert x train.accumulate = 2 x 2 x 2 x 2"],
+    ),
+    "evaluation batch over all axes of rows": (
+        ["--mesh.expert", "4", "--evaluate.batch", "12"],
+        3,
+        ["evaluate.batch", "mesh.data x mesh.expert = 2 x 4"],
+    ),
+    "pipeline schedule": (["--mesh.schedule", "1f2b"], 3, ["mesh.schedule", "'1f2b'", "1f1b", ".csv"]),
+    "microbatches of a schedule": (
+        ["--mesh.pipe", "2", "--mesh.schedule", "interleaved"],
+        3,
+        ["mesh.schedule", "microbatches = 1", "multiple of stages = 2", "train.accumulate"],
+    ),
+    "chunks of a schedule": (
+        ["--mesh.pipe", "2", "--mesh.chunks", "3"],
+        3,
+        ["mesh.schedule", "chunks = 3", "expected 1"],
+    ),
+    "chunks without a pipeline": (["--mesh.chunks", "2"], 3, ["mesh.chunks", "got 2", "mesh.pipe"]),
+    "stash": (["--mesh.pipe", "2", "--mesh.stash", "inputs"], 3, ["mesh.stash", "'inputs'", "residuals"]),
+    "table that is not there": (
+        ["--mesh.pipe", "2", "--mesh.schedule", "/no/table.csv"],
+        3,
+        ["mesh.schedule", "cannot read", "/no/table.csv"],
+    ),
+    "fewer layers than slices": (
+        ["--mesh.pipe", "2"],
+        3,
+        ["'student'", "1 layers", "mesh.pipe x chunks = 2 x 1", "2 slices"],
+    ),
     "accumulation does not divide": (["--train.accumulate", "3"], 3, ["train.batch", "accumulate"]),
     "evaluation batch": (["--evaluate.batch", "3"], 3, ["evaluate.batch", "got 3"]),
     "vocabulary too small": (["--model.vocab", "100"], 3, ["vocabulary of 100", "264", "model.vocab"]),
@@ -129,6 +168,24 @@ def test_options(name, text, tmp_path):
     assert out == ""
     left = [path for path in sorted(tmp_path.rglob("*")) if path not in before and "__pycache__" not in path.parts]
     assert [path for path in left if path.is_file()] == []
+
+
+def test_a_table_has_its_own_numbers(text, tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text(to_csv(build("1f1b", 4, 8)))
+    config = write_config(tmp_path, text, recipe='Stage(name="a", model=ModelConfig(vocab=264, layers=4)),', claims="")
+    mesh = ("--mesh.schedule", table, "--mesh.pipe", 4, "--train.batch", 16)
+    code, _, err = lmeff("run", config, *mesh, "--train.accumulate", 4)
+    assert code == 3
+    assert all(word in one_paragraph(err) for word in ("microbatches = 8", "microbatches = 4", "train.accumulate")), err
+    code, _, err = lmeff("run", config, *mesh, "--train.accumulate", 8, "--mesh.chunks", 2)
+    assert code == 3
+    assert all(word in one_paragraph(err) for word in ("chunks = 1", "chunks = 2", "mesh.chunks")), err
+    assert not (tmp_path / "runs").exists()
+    experiment = load_experiment(config)
+    train = dataclasses.replace(experiment.train, batch=16, accumulate=8)
+    fits = dataclasses.replace(experiment, mesh=MeshPlan(schedule=str(table), pipe=4), train=train)
+    assert validate(fits, 8)["a"].layers == 4
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -17,6 +17,7 @@ from lmeff.core.errors import DataError
 from lmeff.core.ops import Numerics, recording
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import View, forward, identity_view
+from lmeff.parallel.layers import layer_scan
 from lmeff.parallel.mesh import Layout, place_batch
 from lmeff.parallel.seam import layout_ops
 
@@ -89,6 +90,7 @@ def batch_ranges(
         make_ops=recording(layout_ops(layout, dynamic), measure),
         view=view,
         view_state=view_state,
+        scan=layer_scan(layout),
         compute_dtype=compute_dtype,
     )
     ranges = {name.removeprefix("blocks/"): value for name, value in out.records.items()}

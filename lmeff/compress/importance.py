@@ -19,6 +19,7 @@ from lmeff.core.ops import MakeOps, Ranges, Records, Scope, recording
 from lmeff.core.tree import flatten
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import forward, param_specs
+from lmeff.parallel.layers import layer_scan
 from lmeff.parallel.mesh import Layout, place_batch
 from lmeff.parallel.seam import layout_ops
 
@@ -58,7 +59,7 @@ def scores(
 def _activation(cfg: ModelConfig, params: Any, batches: Iterable[Batch], layout: Layout, seed: int) -> Scores:
     def measured(params: Any, batch: Batch) -> Records:
         make = _listening(layout_ops(layout), batch.segments > 0)
-        return forward(params, batch, cfg, make_ops=make).records
+        return forward(params, batch, cfg, make_ops=make, scan=layer_scan(layout)).records
 
     run = jax.jit(measured, out_shardings=layout.replicated)
     sums: dict[str, np.ndarray] = {}

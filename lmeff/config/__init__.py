@@ -7,7 +7,9 @@ from lmeff.config.schema import Claim, EvaluateConfig, Experiment, Stage
 from lmeff.data.config import DataConfig
 from lmeff.distill.objectives import Distill
 from lmeff.models.config import ModelConfig, preset
+from lmeff.parallel.compressed import Reduce
 from lmeff.parallel.mesh import MeshPlan
+from lmeff.train.local_updates import LocalUpdates
 from lmeff.train.loop import TrainConfig
 from lmeff.train.optim import OptimConfig
 
@@ -18,11 +20,13 @@ __all__ = [
     "Distill",
     "EvaluateConfig",
     "Experiment",
+    "LocalUpdates",
     "MeshPlan",
     "ModelConfig",
     "OptimConfig",
     "Prune",
     "Quantize",
+    "Reduce",
     "ShrinkConfig",
     "Stage",
     "TrainConfig",

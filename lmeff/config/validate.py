@@ -1,5 +1,6 @@
 """The whole config, checked against itself and the devices before anything is built, written or compiled."""
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -11,8 +12,11 @@ from lmeff.data.config import vocab_size
 from lmeff.models.config import ModelConfig
 from lmeff.models.remat import parse as parse_remat
 from lmeff.models.transformer import param_specs, sites
-from lmeff.parallel.mesh import BATCH_AXES, indivisible
+from lmeff.parallel.mesh import BATCH_AXES, MeshPlan, indivisible
 from lmeff.parallel.order import check_tokens
+from lmeff.parallel.schedules import SCHEDULES, is_file, resolve
+from lmeff.parallel.stash import STASHES
+from lmeff.parallel.tables import Schedule
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -23,7 +27,9 @@ def validate(experiment: Experiment, devices: int) -> dict[str, ModelConfig]:
     parse(experiment.precision)
     degrees = experiment.mesh.degrees(devices)
     _check_batches(experiment, degrees)
+    schedule = _schedule_of(experiment.mesh, degrees["pipe"], experiment.train.accumulate)
     check_tokens("data.sequence", experiment.mesh.sequence, experiment.data.sequence, degrees["context"])
+    _check_synchronization(experiment, degrees)
     seen: dict[str, ModelConfig] = {}
     packed: set[str] = set()
     for position, stage in enumerate(experiment.recipe):
@@ -32,6 +38,8 @@ def validate(experiment: Experiment, devices: int) -> dict[str, ModelConfig]:
         parse_remat(experiment.train.remat, sites(cfg))
         _check_shape(experiment, stage, cfg, degrees)
         _check_stage(experiment, stage, cfg, seen, packed)
+        if schedule is not None and experiment.steps(stage):
+            _check_slices(schedule, cfg, f"stage '{stage.name}'")
         seen[stage.name] = cfg
         if stage.export:
             packed.add(stage.name)
@@ -51,19 +59,81 @@ def _check_name(where: str, name: str) -> None:
 
 
 def _check_batches(experiment: Experiment, degrees: Mapping[str, int]) -> None:
-    ways = 1
-    for axis in BATCH_AXES:
-        ways *= degrees[axis]
+    wide = {f"mesh.{axis}": degrees[axis] for axis in BATCH_AXES if degrees[axis] > 1}
     train = experiment.train
-    if train.batch % (ways * train.accumulate):
+    microbatches = {"train.accumulate": train.accumulate} if train.accumulate > 1 else {}
+    for where, rows, factors, why in (
+        ("train.batch", train.batch, wide | microbatches, "every device takes equally many rows in every microbatch"),
+        ("evaluate.batch", experiment.evaluate.batch, wide, "every device takes equally many rows"),
+    ):
+        if rows % math.prod(factors.values()):
+            names, sizes = (" x ".join(map(str, part)) for part in (factors, factors.values()))
+            raise ConfigError(f"{where}: got {rows} rows, expected a multiple of {names} = {sizes}; {why}")
+
+
+def _schedule_of(plan: MeshPlan, stages: int, microbatches: int) -> Schedule | None:
+    """The schedule of a plan with a pipeline; None for one without."""
+    if not is_file(plan.schedule) and plan.schedule not in SCHEDULES:
         raise ConfigError(
-            f"train.batch: got {train.batch} rows, expected a multiple of mesh.data x mesh.fsdp x train.accumulate = "
-            f"{ways} x {train.accumulate}; every device takes equally many rows in every microbatch"
+            f"mesh.schedule: got '{plan.schedule}', expected one of {', '.join(SCHEDULES)}, or a .csv file with a table"
         )
-    if experiment.evaluate.batch % ways:
+    if plan.stash not in STASHES:
+        raise ConfigError(f"mesh.stash: got '{plan.stash}', expected one of {', '.join(STASHES)}")
+    if stages == 1:
+        if plan.chunks is not None:
+            raise ConfigError(
+                f"mesh.chunks: got {plan.chunks} without a pipeline, expected None; chunks are slices on a stage of mesh.pipe. Set mesh.pipe too."
+            )
+        return None
+    try:
+        return resolve(plan.schedule, stages, microbatches, plan.chunks)
+    except ConfigError as error:
         raise ConfigError(
-            f"evaluate.batch: got {experiment.evaluate.batch} rows, expected a multiple of mesh.data x mesh.fsdp = {ways}"
+            f"mesh.schedule: {error}. Its stages are mesh.pipe, its microbatches train.accumulate, its chunks mesh.chunks."
+        ) from error
+
+
+def _check_slices(schedule: Schedule, cfg: ModelConfig, where: str) -> None:
+    if cfg.layers < schedule.slices:
+        raise ConfigError(
+            f"{where}: the model has {cfg.layers} layers, expected at least mesh.pipe x chunks = {schedule.stages} x {schedule.chunks}: "
+            f"schedule {schedule.name} cuts it into {schedule.slices} slices. Lower mesh.pipe or mesh.chunks."
         )
+
+
+def _check_synchronization(experiment: Experiment, degrees: Mapping[str, int]) -> None:
+    reduce, local = experiment.train.reduce, experiment.train.local
+    if reduce is not None and reduce.method == "powersgd" and parse(experiment.precision).needs_loss_scale:
+        raise ConfigError(
+            f"train.reduce: got method powersgd with precision {experiment.precision}, expected no float16: what PowerSGD has not sent yet would be in "
+            "units of a loss scale that changes. Use bfloat16, or method int8."
+        )
+    if local is None:
+        return
+    if degrees[local.axis] == 1:
+        raise ConfigError(
+            f"train.local.axis: got '{local.axis}', along which the mesh has one worker, expected at least two to train apart. "
+            f"Set mesh.{local.axis}, choose the other axis, or drop train.local."
+        )
+    if local.axis == "data" and degrees["dcn"] > 1:
+        raise ConfigError(
+            f"train.local.axis: got 'data' with mesh.dcn = {degrees['dcn']}, expected 'dcn': workers that rarely meet belong along the slowest axis, "
+            "and would reduce gradients over it every step."
+        )
+    for where, optim in [
+        ("optim", experiment.optim),
+        *((f"stage '{s.name}'.optim", s.optim) for s in experiment.recipe),
+    ]:
+        if optim is not None and optim.ema is not None:
+            raise ConfigError(
+                f"{where}.ema: got {optim.ema} with train.local, expected None: the outer parameters, which the run gives, are an average of the workers "
+                "already. Drop one of them."
+            )
+        if optim is not None and optim.offload:
+            raise ConfigError(
+                f"{where}.offload: got True with train.local, expected False: each worker's moments lie apart from the others' on its own devices. "
+                "Drop one of them."
+            )
 
 
 def _check_stage_names(stage: Stage, seen: Mapping[str, ModelConfig], where: str) -> None:
@@ -88,11 +158,6 @@ def _check_shape(experiment: Experiment, stage: Stage, cfg: ModelConfig, degrees
         raise ConfigError(
             f"{where}: the model has a vocabulary of {cfg.vocab} and the tokenizer '{experiment.data.tokenizer}' makes {needed} ids; "
             f"expected at least as many. Set model.vocab to {needed} or more."
-        )
-    if cfg.moe is not None and degrees["pipe"] > 1:
-        raise ConfigError(
-            f"{where}: mesh.pipe: got {degrees['pipe']} for a model with experts, expected 1: what routers cost is not yet added up over stages. "
-            "Cut experts over mesh.expert and weights over mesh.fsdp instead."
         )
     problems = indivisible(param_specs(cfg), degrees)
     if problems:

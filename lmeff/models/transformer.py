@@ -170,6 +170,7 @@ def forward(
     remat: str = "none",
     unroll: int = 1,
     enter: Callable[[Any, jax.Array], Any] = lambda weights, index: weights,
+    scan: Callable[..., Any] = jax.lax.scan,
     compute_dtype: Any = jnp.float32,
     output_dtype: Any = None,
 ) -> Output:
@@ -181,6 +182,7 @@ def forward(
     remat:      what the backward pass keeps, as `models.remat` reads it; not a budget.
     unroll:     layers in one turn of the scan's loop; changes time and program size, no result.
     enter:      `(weights, index of the layer) -> weights`, what they pass on their way into the block (`parallel.tiles.pinned`); changes memory, no result.
+    scan:       `jax.lax.scan`, or what does the same where layers are cut over devices (`parallel.layers.layer_scan`).
     output_dtype: of the last hidden state, rounded once from float32; None is the compute dtype.
     """
 
@@ -199,7 +201,7 @@ def forward(
     x_BTD = embed_tokens(embed["table"], batch, outer.ops, compute_dtype)
     layers = (params["blocks"], substate(view_state, "blocks"), _block_ranges(ranges), jnp.arange(cfg.layers))
     kept = wrapper(parse(remat, sites(cfg)))
-    x_BTD, records = jax.lax.scan(kept(step), x_BTD, layers, unroll=min(unroll, cfg.layers))
+    x_BTD, records = scan(kept(step), x_BTD, layers, unroll=min(unroll, cfg.layers))
     hidden_BTD = last_hidden(x_BTD, seen("final_norm"), cfg, output_dtype or compute_dtype)
     head = embed["table"] if cfg.tied else seen("head")["w"]
     sums = kept_sums(records)

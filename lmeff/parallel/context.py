@@ -8,6 +8,7 @@ The first two have gradients of their own, which keep of a device's part its q, 
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -35,9 +36,28 @@ class Context(NamedTuple):
         return jax.lax.all_gather(segments_BT, self.axis, axis=1, tiled=True)
 
     def send(self, tree: Any, places: int) -> Any:
-        """Each device's `tree` to the one so many places ahead of it."""
+        """Each device's `tree` [U, S, C] to the one so many places ahead of it, as one message.
+
+        Not one for each leaf: XLA's CPU backend may run those of a program that it has read from the compilation cache in a different order on every
+        device, and all of JAX's collective permutes have one name to meet by.
+        """
         to = [(i, (i + places) % self.devices) for i in range(self.devices)]
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, to), tree)
+        leaves, structure = jax.tree.flatten(tree)
+        narrow = min((x.dtype for x in leaves), key=lambda dtype: dtype.itemsize)
+        parts = [_as_dtype(x, narrow) for x in leaves]
+        message = jax.lax.ppermute(jnp.concatenate(parts, -1), self.axis, to)
+        ends = itertools.accumulate(part.shape[-1] for part in parts)
+        pieces = [message[..., end - part.shape[-1] : end] for part, end in zip(parts, ends, strict=True)]
+        return structure.unflatten([_as_dtype(p, x.dtype) for p, x in zip(pieces, leaves, strict=True)])
+
+
+def _as_dtype(x: jax.Array, dtype: Any) -> jax.Array:
+    """The same bits in another dtype, with the last dim as much longer or shorter."""
+    if x.dtype.itemsize >= dtype.itemsize:
+        bits = jax.lax.bitcast_convert_type(x, dtype)
+        return bits.reshape(*x.shape[:-1], -1)
+    ratio = dtype.itemsize // x.dtype.itemsize
+    return jax.lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, ratio), dtype)
 
 
 class Keys(NamedTuple):
@@ -177,7 +197,7 @@ def _ring_forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array,
             merged, keys = carry
             return add(merged, keys, n * way), ctx.send(keys, way)
 
-        merged, keys = _loop(1, steps, step, (merged, ctx.send(keys_here, way)))
+        merged, keys = _loop(1, steps, step, (merged, ctx.send(_after(keys_here, merged[1], way), way)))
         merged = add(merged, keys, steps * way)
     return merged
 
@@ -199,11 +219,11 @@ def _ring_backward(saved: Any, g: jax.Array, ctx: Context) -> Any:
 
         def step(n: Any, carry: Any, way: int = way) -> Any:
             d_q, keys, d_keys = carry
-            onward, arrived = ctx.send(keys, way), ctx.send(d_keys, way)
+            onward, arrived = ctx.send((keys, d_keys), way)
             more, here = part(keys, n * way)
             return d_q + more, onward, _add(arrived, here)
 
-        keys = ctx.send(keys_here, way)
+        keys = ctx.send(_after(keys_here, d_q, way), way)
         onward = ctx.send(keys, way) if steps > 1 else keys
         more, d_keys = part(keys, way)
         d_q, keys, d_keys = _loop(2, steps, step, (d_q + more, onward, d_keys))
@@ -213,6 +233,11 @@ def _ring_backward(saved: Any, g: jax.Array, ctx: Context) -> Any:
             d_q, d_keys = d_q + more, _add(arrived, here)
         d_here = _add(d_here, ctx.send(d_keys, -steps * way))
     return d_q, *d_here
+
+
+def _after(keys: Keys, other: jax.Array, way: int) -> Keys:
+    """The keys; of the second way only once `other`, which the first one made, is there: see `Context.send`."""
+    return keys if way > 0 else jax.tree.map(lambda x: x + (other.ravel()[0] * 0).astype(x.dtype), keys)
 
 
 def _loop(first: int, stop: int, step: Callable[[Any, Any], Any], carry: Any) -> Any:
@@ -236,7 +261,8 @@ def _whole(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, ctx: C
     length = segments.shape[1]
     own = Tokens(segments, own_indices(jax.lax.axis_index(ctx.axis), ctx.devices, ctx.chunks, length))
     row = Tokens(to_row(ctx.documents(segments), ctx.devices, ctx.chunks), jnp.arange(length * ctx.devices))
-    return q_UTGC, Keys(*map(gathered, keys)), own, row
+    both = gathered(jnp.concatenate(keys, -1))  # one message, as in `Context.send`
+    return q_UTGC, Keys(*jnp.split(both, 2, -1)), own, row
 
 
 def _gather_forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, ctx: Context) -> Any:
@@ -249,11 +275,9 @@ def _gather_backward(saved: Any, g: jax.Array, ctx: Context) -> Any:
     q_UTGC, keys, own, row = _whole(q, k, v, segments, ctx)
     d_q, d_keys = _visit_back(q_UTGC, _pull(out, lse, g, k.shape[2]), keys, own, row, ctx)
 
-    def home(d: jax.Array) -> jax.Array:
-        by_device = from_row(d, ctx.devices, ctx.chunks)
-        return jax.lax.psum_scatter(by_device, ctx.axis, scatter_dimension=1, tiled=True)
-
-    return d_q, *map(home, d_keys)
+    by_device = from_row(jnp.concatenate(d_keys, -1), ctx.devices, ctx.chunks)
+    home = jax.lax.psum_scatter(by_device, ctx.axis, scatter_dimension=1, tiled=True)
+    return d_q, *jnp.split(home, 2, -1)
 
 
 def _pull(out: jax.Array, lse: jax.Array, g: jax.Array, kv_heads: int) -> Pull:
@@ -296,12 +320,14 @@ def _ulysses(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, ctx:
     copies = ctx.devices // math.gcd(ctx.devices, k.shape[2])
     k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
 
-    def whole_rows(x: jax.Array) -> jax.Array:
-        return jax.lax.all_to_all(x, ctx.axis, split_axis=2, concat_axis=1, tiled=True)
-
+    parts = [x.reshape(*x.shape[:2], ctx.devices, -1, x.shape[-1]) for x in (q, k, v)]  # by the device they go to
+    message = jnp.concatenate(parts, 3)  # one, as in `Context.send`
+    rows = jax.lax.all_to_all(message, ctx.axis, split_axis=2, concat_axis=1, tiled=True)[:, :, 0]
+    heads = [part.shape[3] for part in parts]
+    whole = jnp.split(rows, (heads[0], heads[0] + heads[1]), 2)
     window, softcap = ctx.mask
     row_BT = ctx.documents(segments)
-    o = attn.attention(*map(whole_rows, (q, k, v)), segments_BT=row_BT, window=window, softcap=softcap)
+    o = attn.attention(*whole, segments_BT=row_BT, window=window, softcap=softcap)
     return jax.lax.all_to_all(o, ctx.axis, split_axis=1, concat_axis=2, tiled=True)
 
 

@@ -11,11 +11,12 @@ left to it (attention, vocabulary-parallel embedding and loss, accumulated gradi
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -59,7 +60,8 @@ class MeshPlan:
     context: parts of the sequence.
     tensor:  parts of every matrix.
     zero:    what fsdp cuts: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also parameters (Rajbhandari et al. 2020).
-    schedule: of the pipeline, whose microbatches are those of `train.accumulate`; `chunks` are the slices of the model on a stage.
+    schedule: of the pipeline, by name or as a .csv file, whose microbatches are those of `train.accumulate`.
+    chunks:  slices of the model on a stage; None takes the schedule's own number.
     stash:   what a stage keeps of a microbatch for its backward pass: its "input", or all "residuals".
     sequence: how attention works over `context`: "ring" (keys go round), "gather" (keys are gathered) or "ulysses" (heads against tokens).
     """
@@ -132,8 +134,8 @@ class Layout:
     manual: tuple[str, ...] = ()
 
     def within(self, axes: tuple[str, ...]) -> "Layout":
-        """The layout as seen inside a `jax.shard_map` over `axes`."""
-        return dataclasses.replace(self, manual=axes)
+        """The layout as seen inside a `jax.shard_map` over `axes`, which may itself be inside another."""
+        return dataclasses.replace(self, manual=(*self.manual, *axes))
 
     @property
     def of_optimizer(self) -> "Layout":
@@ -214,6 +216,13 @@ class Layout:
         `inputs` are letters; `outputs` letters or a pytree of them. A sum inside `fn` that is to be differentiated must be right both with and
         without JAX's checks of what varies over the mesh: inside an outer `jax.shard_map` they are off, and where not `checked`.
         """
+        inputs, outputs = jax.tree.map(self.partition, tuple(inputs)), jax.tree.map(self.partition, outputs)
+        return self.on_parts(fn, inputs, outputs, checked=checked)
+
+    def on_parts(
+        self, fn: Callable[..., Any], inputs: Any, outputs: Any, *, checked: bool = True
+    ) -> Callable[..., Any]:
+        """The same with partitions for letters; axes that are manual already are left out of them."""
         # On TPUs every axis, also those of size 1: a Pallas kernel must not leave any of them to XLA.
         names = set(self.mesh.axis_names) - set(self.manual) if self.platform == "tpu" else self._names
         if self.single or not names:
@@ -221,11 +230,18 @@ class Layout:
         return jax.shard_map(
             fn,
             mesh=None if self.manual else self.mesh,
-            in_specs=jax.tree.map(self.partition, tuple(inputs)),
-            out_specs=jax.tree.map(self.partition, outputs),
+            in_specs=restrict(inputs, names),
+            out_specs=restrict(outputs, names),
             axis_names=names,
             check_vma=checked and not self.manual,
         )
+
+    def after(self, x: jax.Array, earlier: jax.Array) -> jax.Array:
+        """`x`, on CPUs not before `earlier`: their collective permutes have no names, and two at a time may take each other's messages."""
+        if self.mesh.devices.flat[0].platform != "cpu":
+            return x
+        # A zero that XLA cannot know to be one; barriers it takes away.
+        return x + jnp.minimum(jnp.abs(earlier.ravel()[0]), 0).astype(x.dtype)
 
     def token_order(self, tokens: int) -> np.ndarray | None:
         """The index in the row of each token as rows lie here; None where that is their own order. Raises `ConfigError` where rows cannot be cut."""
@@ -241,6 +257,20 @@ class Layout:
     def axes(self, letters: str) -> tuple[str, ...]:
         """The axes these letters are cut over here, each once."""
         return tuple(dict.fromkeys(axis for letter in letters for axis in self._letter_axes(letter)))
+
+
+def names(entry: Any) -> tuple[str, ...]:
+    """The axes of one entry of a partition."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def restrict(cuts: Any, axes: Collection[str]) -> Any:
+    """A tree of partitions with just these axes left in them."""
+    return jax.tree.map(
+        lambda cut: P(*(tuple(a for a in names(entry) if a in axes) or None for entry in cut)),
+        cuts,
+        is_leaf=lambda x: isinstance(x, P),
+    )
 
 
 def make_layout(plan: MeshPlan, devices: Sequence[Any] | None = None) -> Layout:

@@ -200,11 +200,9 @@ def _tick(pipe: Pipeline, stash: Stash, carry: Carry, row: Ticks) -> Carry:
     t = jax.tree.map(lambda column: column[jax.lax.axis_index(AXIS)], row)
     branches = [_settled(pipe, functools.partial(branch, pipe, t)) for branch in stash.branches]
     carry, payload = jax.lax.switch(t.op, branches, carry)
-    arrivals = {
-        "left": jax.lax.ppermute(payload, AXIS, [(s, (s + 1) % stages) for s in range(stages)]),
-        "right": jax.lax.ppermute(payload, AXIS, [(s, (s - 1) % stages) for s in range(stages)]),
-        "local": payload,
-    }
+    left = jax.lax.ppermute(payload, AXIS, [(s, (s + 1) % stages) for s in range(stages)])
+    right = jax.lax.ppermute(pipe.layout.after(payload, left), AXIS, [(s, (s - 1) % stages) for s in range(stages)])
+    arrivals = {"left": left, "right": right, "local": payload}
     return carry._replace(buffers=_place_buffers(pipe, _store(pipe, carry.buffers, arrivals, t)))
 
 

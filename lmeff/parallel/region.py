@@ -8,14 +8,14 @@ Tensor and context parallelism go on inside, under the layout of the region (`La
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from lmeff.core.batch import Batch
-from lmeff.parallel.mesh import ZERO_AXIS, Layout
+from lmeff.parallel.mesh import ZERO_AXIS, Layout, names, restrict
 
 Sums = dict[str, jax.Array]
 LossFn = Callable[[Layout, Any, Any, Batch, Any], tuple[jax.Array, Sums]]
@@ -49,11 +49,6 @@ def split_rows(batch: Batch, microbatches: int) -> Batch:
     return jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
 
 
-def _names(dim: Any) -> tuple[str, ...]:
-    """The axes of one entry of a partition."""
-    return () if dim is None else (dim,) if isinstance(dim, str) else tuple(dim)
-
-
 def _is_cut(x: Any) -> bool:
     return isinstance(x, P)
 
@@ -63,7 +58,7 @@ def gather(tree: Any, cuts: Any) -> Any:
 
     def leaf(cut: P, x: jax.Array) -> jax.Array:
         for dim, axes in enumerate(cut):
-            if ZERO_AXIS in _names(axes):
+            if ZERO_AXIS in names(axes):
                 x = jax.lax.all_gather(x, ZERO_AXIS, axis=dim, tiled=True)
         return x
 
@@ -77,7 +72,7 @@ def reduce(tree: Any, cuts: Any, axes: tuple[str, ...]) -> Any:
     """
 
     def leaf(cut: P, x: jax.Array) -> jax.Array:
-        dims = {axis: dim for dim, entry in enumerate(cut) for axis in _names(entry)}
+        dims = {axis: dim for dim, entry in enumerate(cut) for axis in names(entry)}
         if ZERO_AXIS in dims and ZERO_AXIS in axes:
             x = jax.lax.psum_scatter(x, ZERO_AXIS, scatter_dimension=dims[ZERO_AXIS], tiled=True)
         left = tuple(axis for axis in axes if axis not in dims)
@@ -86,31 +81,83 @@ def reduce(tree: Any, cuts: Any, axes: tuple[str, ...]) -> Any:
     return jax.tree.map(leaf, cuts, tree, is_leaf=_is_cut)
 
 
+class Region(NamedTuple):
+    """Where gradients are reduced.
+
+    layout: as seen inside. axes: those the region is manual over. cuts: the partitions of the gradients, over all axes.
+    """
+
+    layout: Layout
+    axes: tuple[str, ...]
+    cuts: Any
+
+    def summed(self, cut: P) -> tuple[str, ...]:
+        """The axes that the gradient of a leaf is summed over: those that do not cut it, and fsdp, which comes first where it does."""
+        cutting = [axis for entry in cut for axis in names(entry)]
+        own = tuple(axis for axis in self.axes if axis not in cutting)
+        return (ZERO_AXIS, *own) if ZERO_AXIS in cutting and ZERO_AXIS in self.axes else own
+
+
+class Reducer(NamedTuple):
+    """How the gradients of single devices become those of the batch.
+
+    init:  `(region, trainable) -> state`, as whole arrays; None where nothing is kept from step to step.
+    cuts:  `(region, state) -> partitions` of the state, over all axes.
+    apply: `(region, gradients, state, step) -> (gradients as `reduce` gives them, state)`, inside the region.
+    """
+
+    init: Callable[[Region, Any], Any]
+    cuts: Callable[[Region, Any], Any]
+    apply: Callable[[Region, Any, Any, jax.Array], tuple[Any, Any]]
+
+
+EXACT = Reducer(
+    init=lambda region, trainable: None,
+    cuts=lambda region, state: None,
+    apply=lambda region, grads, state, step: (reduce(grads, region.cuts, region.axes), state),
+)
+
+
+class Kept(NamedTuple):
+    """What a reducer is given besides gradients: its state, and the step, of which its random numbers are a function."""
+
+    state: Any
+    step: Any
+
+
 def regional(
-    local: Callable[[Layout, Any, Any, Batch, Any], tuple[Any, Sums]], layout: Layout, axes: tuple[str, ...], cuts: Any
-) -> Callable[[Any, Any, Batch, Any], tuple[Any, Sums]]:
-    """`(trainable, auxiliary, batch, frozen) -> (gradients, sums)` of the whole batch.
+    local: Callable[[Layout, Any, Any, Batch, Any], tuple[Any, Sums]],
+    layout: Layout,
+    axes: tuple[str, ...],
+    cuts: Any,
+    reducer: Reducer = EXACT,
+) -> Callable[[Any, Any, Batch, Any, Kept], tuple[Any, Sums, Any]]:
+    """`(trainable, auxiliary, batch, frozen, kept) -> (gradients, sums, the reducer's next state)` of the whole batch.
 
     local: `(layout, trainable, auxiliary, batch, frozen) -> (gradients, sums)` of the rows of one group.
     cuts:  the partitions of trainable, auxiliary and frozen.
     """
-    inner = layout.within(axes)
+    region = Region(layout.within(axes), axes, cuts[0])
 
-    def run(trainable: Any, auxiliary: Any, batch: Batch, frozen: Any) -> tuple[Any, Sums]:
+    def run(trainable: Any, auxiliary: Any, batch: Batch, frozen: Any, kept: Kept) -> tuple[Any, Sums, Any]:
+        if not axes:
+            return *local(layout, trainable, auxiliary, batch, frozen), kept.state
         whole = (gather(tree, cut) for tree, cut in zip((trainable, auxiliary, frozen), cuts, strict=True))
         trainable, auxiliary, frozen = whole
-        grads, sums = local(inner, trainable, auxiliary, batch, frozen)
-        return reduce(grads, cuts[0], axes), jax.lax.psum(sums, axes)
+        grads, sums = local(region.layout, trainable, auxiliary, batch, frozen)
+        grads, state = reducer.apply(region, grads, *kept)
+        return grads, jax.lax.psum(sums, axes), state
 
-    if not axes:
-        return functools.partial(local, layout)
-    rows = layout.partition("B")
-    own = functools.partial(
-        jax.tree.map,
-        lambda cut: P(*(tuple(a for a in _names(dim) if a in axes) or None for dim in cut)),
-        is_leaf=_is_cut,
-    )
-    inputs = (own(cuts[0]), own(cuts[1]), rows, own(cuts[2]))
-    return jax.shard_map(
-        run, mesh=layout.mesh, in_specs=inputs, out_specs=(inputs[0], P()), axis_names=set(axes), check_vma=False
-    )
+    def mapped(trainable: Any, auxiliary: Any, batch: Batch, frozen: Any, kept: Kept) -> tuple[Any, Sums, Any]:
+        state = reducer.cuts(region, kept.state)
+        trained, others, given, state = restrict((*cuts, state), axes)
+        return jax.shard_map(
+            run,
+            mesh=None if layout.manual else layout.mesh,
+            in_specs=(trained, others, layout.partition("B"), given, Kept(state, P())),
+            out_specs=(trained, P(), state),
+            axis_names=set(axes),
+            check_vma=False,
+        )(trainable, auxiliary, batch, frozen, kept)
+
+    return mapped if axes else run

@@ -1,11 +1,34 @@
-"""Pipeline schedules by name: `build("1f1b", stages=4, microbatches=8)`."""
+"""Pipeline schedules by name: `build("1f1b", stages=4, microbatches=8)`, or from a file: `resolve("table.csv", ...)`."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from lmeff.core.errors import ConfigError
+from lmeff.parallel.schedule_csv import from_csv
 from lmeff.parallel.tables import B, F, Op, Schedule, W, arrange
 from lmeff.parallel.zero_bubble import zb_h1, zb_h2, zbv
+
+
+def is_file(name: str) -> bool:
+    """Whether a schedule's name is that of a file with a table."""
+    return name.endswith(".csv")
+
+
+def resolve(name: str, stages: int, microbatches: int, chunks: int | None = None) -> Schedule:
+    """The table that a plan names: `build` by name, or read from a .csv file, which has its own numbers.
+
+    Raises `ConfigError` where the numbers do not suit the schedule, or are not those of the file.
+    """
+    if not is_file(name):
+        return build(name, stages, microbatches, chunks)
+    schedule = from_csv(Path(name), Path(name).stem)
+    wanted = {"stages": stages, "microbatches": microbatches} | ({} if chunks is None else {"chunks": chunks})
+    found = {what: getattr(schedule, what) for what in wanted}
+    if found != wanted:
+        got, expected = (", ".join(f"{what} = {n}" for what, n in numbers.items()) for numbers in (found, wanted))
+        raise ConfigError(f"schedule {name}: the table has {got}; expected {expected}")
+    return schedule
 
 
 def build(name: str, stages: int, microbatches: int, chunks: int | None = None) -> Schedule:
@@ -15,7 +38,7 @@ def build(name: str, stages: int, microbatches: int, chunks: int | None = None) 
     Raises `ConfigError` where the numbers do not suit the schedule.
     """
     if name not in SCHEDULES:
-        raise ConfigError(f"schedule: got {name!r}, expected one of {', '.join(SCHEDULES)}")
+        raise ConfigError(f"schedule: got {name!r}, expected one of {', '.join(SCHEDULES)}, or a .csv file")
     kind = SCHEDULES[name]
     chunks = (kind.chunks or 2) if chunks is None else chunks
     for what, number in {"stages": stages, "microbatches": microbatches, "chunks": chunks}.items():

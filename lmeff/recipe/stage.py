@@ -22,6 +22,7 @@ from lmeff.distill.objectives import Distill, Projection, head_objective
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.activations import choose
+from lmeff.parallel.compressed import make_reducer
 from lmeff.parallel.mesh import Layout, own_rows, shardings
 from lmeff.recipe.artifact import Artifact, Recipe
 from lmeff.recipe.measure import held_out
@@ -31,7 +32,7 @@ from lmeff.train.metrics import read_metrics
 from lmeff.train.optim import OptimConfig, learning_rate_at, make_optimizer
 from lmeff.train.progress import Progress
 from lmeff.train.state import Trainable, TrainState, create_state
-from lmeff.train.step import Frozen, Model, Runtime
+from lmeff.train.step import Frozen, Model, Runtime, begin
 
 Artifacts = Mapping[str, Artifact]
 
@@ -191,6 +192,7 @@ def _trained(
     if start.state is not None:
         trainable = Trainable(state.trainable.params, start.state.trainable)
         state = state._replace(trainable=trainable, auxiliary=start.state.auxiliary)
+    state = begin(rt, state)
     frozen = Frozen(ranges=start.ranges)
     if teacher is not None:
         frozen = frozen._replace(teacher=teacher.effective(), teacher_ranges=teacher.ranges)
@@ -249,6 +251,9 @@ def runtime(
         remat=choose(config.remat, start.cfg, shop.layout, rows, shop.experiment.data.sequence, shop.policy.compute),
         ema=optim.ema,
         offload=optim.offload,
+        reducer=make_reducer(config.reduce, specs),
+        local=config.local,
+        steps=steps,
     )
 
 

@@ -22,7 +22,7 @@ from lmeff.models.cost import CONVENTION as FLOPS
 from lmeff.models.cost import flops_per_token
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.schedule_csv import to_csv
-from lmeff.parallel.schedules import build
+from lmeff.parallel.schedules import resolve
 from lmeff.recipe.artifact import Artifact
 from lmeff.recipe.measure import TIMING, held_out, make_scorer, timings
 from lmeff.recipe.stage import Workshop
@@ -76,7 +76,7 @@ def _schedule(shop: Workshop) -> dict[str, str]:
     plan, stages = shop.layout.plan, shop.layout.mesh.shape["pipe"]
     if stages == 1:
         return {}
-    made = build(plan.schedule, stages, shop.experiment.train.accumulate, plan.chunks)
+    made = resolve(plan.schedule, stages, shop.experiment.train.accumulate, plan.chunks)
     return {"schedule": made.name, "schedule_table": to_csv(made)}
 
 

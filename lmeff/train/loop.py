@@ -12,9 +12,11 @@ import jax
 
 from lmeff.core.batch import Batch
 from lmeff.core.errors import CheckpointError, ConfigError, UserError
+from lmeff.parallel.compressed import Reduce
 from lmeff.parallel.mesh import place_batch
 from lmeff.parallel.processes import sync
 from lmeff.train.checkpoint import Checkpointer
+from lmeff.train.local_updates import LocalUpdates
 from lmeff.train.metrics import MetricsWriter, read_metrics
 from lmeff.train.progress import Progress
 from lmeff.train.state import TrainState
@@ -38,6 +40,8 @@ class TrainConfig:
     eval_every:       steps between held-out losses during training; None takes none.
     checkpoint_every: steps between checkpoints; None saves only at the end.
     keep:             checkpoints kept.
+    reduce:           gradients cross the network in fewer bytes; None sums them in full.
+    local:            workers take steps of their own and meet now and then; None reduces gradients every step.
     """
 
     steps: int = 200
@@ -48,6 +52,8 @@ class TrainConfig:
     eval_every: int | None = None
     checkpoint_every: int | None = None
     keep: int = 2
+    reduce: Reduce | None = None
+    local: LocalUpdates | None = None
 
     def __post_init__(self) -> None:
         """Refuses counts that are none."""

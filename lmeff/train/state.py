@@ -28,6 +28,9 @@ class TrainState(NamedTuple):
     auxiliary: the compression's other state (masks, ranges).
     ema:       exponential moving average of `trainable` in float32, from its start on; or None.
     step:      int32, steps taken; also the position in the data.
+    reduction: what the reducer of gradients keeps, device by device; or None.
+    outer:     with local updates (`train.local_updates`), what all workers share; `trainable`, `opt` and `reduction` then have a leading dim of
+               workers. None otherwise.
     """
 
     trainable: Trainable
@@ -35,6 +38,8 @@ class TrainState(NamedTuple):
     auxiliary: Any
     ema: Any
     step: jax.Array
+    reduction: Any = None
+    outer: Any = None
 
     @property
     def compression(self) -> State:
@@ -43,10 +48,11 @@ class TrainState(NamedTuple):
 
     @property
     def final(self) -> Trainable:
-        """What the run gives: the average where one is kept, in the dtypes of `trainable`."""
-        if self.ema is None:
+        """What the run gives: the average or the outer parameters where there are any, in the dtypes of `trainable`."""
+        wide = self.ema if self.outer is None else self.outer.trainable
+        if wide is None:
             return self.trainable
-        return jax.tree.map(lambda average, x: average.astype(x.dtype), self.ema, self.trainable)
+        return jax.tree.map(lambda found, x: found.astype(x.dtype), wide, self.trainable)
 
 
 def build_state(

@@ -1,5 +1,6 @@
 """The train step: one pure function, whatever is composed in it."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmeff.compress.base import Compression, State
@@ -19,20 +21,22 @@ from lmeff.distill.objectives import Objective
 from lmeff.models.config import ModelConfig
 from lmeff.models.moe import auxiliary as routing_loss
 from lmeff.models.transformer import Output, View, forward, identity_view, param_specs, substate
+from lmeff.parallel.layers import layer_scan
 from lmeff.parallel.mesh import Layout, partitions, shardings
 from lmeff.parallel.pipeline import Counts, Losses, Member, Share, run_pipeline
 from lmeff.parallel.program import compile_schedule
-from lmeff.parallel.region import accumulated, gradient, regional, split_rows
-from lmeff.parallel.schedules import build
+from lmeff.parallel.region import EXACT, Kept, Reducer, Region, accumulated, gradient, regional, split_rows
+from lmeff.parallel.schedules import resolve
 from lmeff.parallel.seam import layout_ops
 from lmeff.parallel.slices import Slice, SliceModel
 from lmeff.parallel.stages import layer_table, layers_present, take_layers
 from lmeff.parallel.stash import STASHES
 from lmeff.parallel.tables import Schedule
 from lmeff.parallel.tiles import pinned
+from lmeff.train.local_updates import LocalUpdates, by_workers, spread, spread_shardings
 from lmeff.train.loss_scale import PATIENCE, current_scale, find
 from lmeff.train.optim import ema_update
-from lmeff.train.state import Trainable, TrainState, on_host
+from lmeff.train.state import Trainable, TrainState, on_host, state_shardings
 
 Metrics = dict[str, jax.Array]
 
@@ -59,6 +63,7 @@ class Model(NamedTuple):
             remat=remat,
             unroll=layout.layers_at_once(remat),
             enter=functools.partial(pinned, layout),
+            scan=layer_scan(layout),
             compute_dtype=policy.compute,
             output_dtype=policy.output,
         )
@@ -66,7 +71,10 @@ class Model(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """Everything static of a run, built once from the config and closed over by the step."""
+    """Everything static of a run, built once from the config and closed over by the step.
+
+    steps: the last step of the run, after which workers with updates of their own (`local`) are brought together.
+    """
 
     student: Model
     teacher: Model | None
@@ -80,6 +88,14 @@ class Runtime:
     remat: str = "none"
     ema: float | None = None
     offload: bool = False
+    reducer: Reducer = EXACT
+    local: LocalUpdates | None = None
+    steps: int = 0
+
+    def region(self, trainable: Any) -> Region:
+        """Where gradients are summed, if it is not left to XLA."""
+        axes = self.layout.axes("BL")
+        return Region(self.layout.within(axes), axes, partitions(trainable, self.specs, self.layout))
 
 
 class Frozen(NamedTuple):
@@ -94,29 +110,55 @@ class Frozen(NamedTuple):
     ranges: Any = None
 
 
+def begin(rt: Runtime, state: TrainState) -> TrainState:
+    """A fresh state with what the reducer and separate workers keep besides."""
+    if rt.reducer is EXACT and rt.local is None:
+        return state
+    axes = () if rt.local is None else (rt.local.axis,)
+    region = dataclasses.replace(rt, layout=rt.layout.within(axes)).region(state.trainable)
+
+    def make(state: TrainState) -> TrainState:
+        state = state._replace(reduction=rt.reducer.init(region, state.trainable))
+        return spread(state, rt.layout.size(axes)) if axes else state
+
+    reduction = jax.eval_shape(lambda: rt.reducer.init(region, state.trainable))
+    cuts = rt.reducer.cuts(region, reduction)
+    places = state_shardings(state, rt.specs, rt.layout, offload=rt.offload)
+    places = places._replace(reduction=jax.tree.map(lambda _, cut: NamedSharding(rt.layout.mesh, cut), reduction, cuts))
+    return jax.jit(make, out_shardings=spread_shardings(places, *axes) if axes else places)(state)
+
+
 def make_train_step(rt: Runtime) -> Callable[[TrainState, Batch, Frozen], tuple[TrainState, Metrics]]:
     """The step `(state, batch, frozen) -> (state, metrics)`, to be jitted with the state donated."""
+    if rt.local is None:
+        return functools.partial(advance, rt)
+    # Masks belong to all workers: they follow the outer parameters.
+    apart = rt.compression._replace(update=lambda params, grads, state, step: state.auxiliary)
+    layout = rt.layout.within((rt.local.axis,))
+    own = functools.partial(advance, dataclasses.replace(rt, layout=layout, compression=apart, local=None))
+    return by_workers(own, rt.local, rt.layout, rt.compression, rt.steps)
 
-    def step(state: TrainState, batch: Batch, frozen: Frozen) -> tuple[TrainState, Metrics]:
-        state = move_moments(rt, state, to_host=False)
-        scaled, scale = find(state.opt) is not None, current_scale(state.opt)
-        grads, sums = gradients(rt, state.trainable, state.auxiliary, batch, frozen, scale)
-        if scaled:
-            grads = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads)
-        grads = place_gradients(rt, grads)
-        updates, opt = rt.tx.update(grads, state.opt, state.trainable)
-        trainable: Any = optax.apply_updates(state.trainable, updates)
-        auxiliary = rt.compression.update(
-            trainable.params, grads.params, State(trainable.compression, state.auxiliary), state.step + 1
-        )
-        ema = None if rt.ema is None else ema_update(state.ema, trainable, rt.ema)
-        metrics = {**sums, "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
-        made = TrainState(trainable, opt, auxiliary, ema, state.step + 1)
-        if scaled:
-            made, metrics = skip_overflow(state, made, metrics)
-        return move_moments(rt, made, to_host=True), metrics
 
-    return step
+def advance(rt: Runtime, state: TrainState, batch: Batch, frozen: Frozen) -> tuple[TrainState, Metrics]:
+    """One step of one model."""
+    state = move_moments(rt, state, to_host=False)
+    scaled, scale = find(state.opt) is not None, current_scale(state.opt)
+    kept = Kept(state.reduction, state.step)
+    grads, sums, reduction = gradients(rt, state.trainable, state.auxiliary, batch, frozen, scale, kept)
+    if scaled:
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads)
+    grads = place_gradients(rt, grads)
+    updates, opt = rt.tx.update(grads, state.opt, state.trainable)
+    trainable: Any = optax.apply_updates(state.trainable, updates)
+    auxiliary = rt.compression.update(
+        trainable.params, grads.params, State(trainable.compression, state.auxiliary), state.step + 1
+    )
+    ema = None if rt.ema is None else ema_update(state.ema, trainable, rt.ema)
+    metrics = {**sums, "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+    made = TrainState(trainable, opt, auxiliary, ema, state.step + 1, reduction)
+    if scaled:
+        made, metrics = skip_overflow(state, made, metrics)
+    return move_moments(rt, made, to_host=True), metrics
 
 
 def move_moments(rt: Runtime, state: TrainState, *, to_host: bool) -> TrainState:
@@ -140,7 +182,8 @@ def place_gradients(rt: Runtime, grads: Trainable) -> Trainable:
     if layout.plan.zero in (0, 3) or layout.single:
         return grads
     for place in (layout, layout.of_optimizer)[layout.plan.zero - 1 :]:
-        grads = jax.lax.with_sharding_constraint(grads, shardings(grads, rt.specs, place))
+        where = partitions if layout.manual else shardings
+        grads = jax.lax.with_sharding_constraint(grads, where(grads, rt.specs, place))
     return grads
 
 
@@ -159,9 +202,9 @@ def skip_overflow(old: TrainState, new: TrainState, metrics: Metrics) -> tuple[T
 
 
 def gradients(
-    rt: Runtime, trainable: Trainable, auxiliary: Any, batch: Batch, frozen: Frozen, scale: Any
-) -> tuple[Trainable, Metrics]:
-    """Gradients (times `scale`) and mean metrics over all weighted tokens of the global batch.
+    rt: Runtime, trainable: Trainable, auxiliary: Any, batch: Batch, frozen: Frozen, scale: Any, kept: Kept
+) -> tuple[Trainable, Metrics, Any]:
+    """Gradients (times `scale`), mean metrics over all weighted tokens of the global batch, and the reducer's next state.
 
     The divisor is the weight of the whole batch and not of a shard or microbatch, so every mesh and every accumulation gives the same numbers.
     """
@@ -174,16 +217,18 @@ def gradients(
         objective, sums = loss_sums(rt, layout, trainable, auxiliary, batch, frozen)
         return objective * factor, {**sums, "objective": objective}
 
-    run = functools.partial(gradient, loss_fn, rt.layout)
-    axes = rt.layout.axes("BL")
-    if rt.accumulate > 1 or "pipe" in axes:
+    given, axes = (frozen, scale / total), rt.layout.axes("BL")
+    if rt.accumulate > 1 or "pipe" in axes or rt.reducer is not EXACT:
         cuts = (*(partitions(x, rt.specs, rt.layout) for x in (trainable, auxiliary)), frozen_partitions(rt, frozen))
         local = functools.partial(accumulated, loss_fn, rt.accumulate)
         if "pipe" in axes:
             local = lambda *given: pipelined_gradients(rt, *given)[:2]  # noqa: E731
-        run = regional(local, rt.layout, axes, cuts)
-    grads, sums = run(trainable, auxiliary, batch, (frozen, scale / total))
-    return grads, {name: value / total for name, value in sums.items()}
+        run = regional(local, rt.layout, axes, cuts, rt.reducer)
+        grads, sums, reduction = run(trainable, auxiliary, batch, given, kept)
+    else:
+        grads, sums = gradient(loss_fn, rt.layout, trainable, auxiliary, batch, given)
+        reduction = kept.state
+    return grads, {name: value / total for name, value in sums.items()}, reduction
 
 
 def pipelined_gradients(
@@ -193,10 +238,9 @@ def pipelined_gradients(
 
     Weights are seen by the compression once a step. The pipeline differentiates by what is seen, and one pull takes that back to what is trained.
     """
-    assert rt.student.cfg.moe is None, "config.validate refuses experts in a pipeline"
     frozen, factor = given
     plan = layout.plan
-    schedule = build(plan.schedule, layout.mesh.shape["pipe"], rt.accumulate, plan.chunks)
+    schedule = resolve(plan.schedule, layout.mesh.shape["pipe"], rt.accumulate, plan.chunks)
 
     def seen(trainable: Trainable) -> Any:
         state = State(trainable.compression, auxiliary)

@@ -1,16 +1,14 @@
 """A whole run killed at any moment goes on with the same command and ends bit for bit as if it had not been."""
 
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
-from tests.runs import write_config, write_text
+from tests.runs import finish, start, write_config, write_text
 
 RECIPE = """
             Stage(name="teacher", steps=60),
@@ -23,19 +21,6 @@ RECIPE = """
             ),
             Stage(name="packed", start="composed", steps=0, export=True),
 """
-
-
-def start(config, name, *options):
-    """The command line in a process of its own, on one device."""
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "lmeff.cli", "run", str(config), "--name", name, "--json", *options]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process):
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    return json.loads(out)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Reads the collectives of a compiled program: kind, bytes, groups of devices, and whether a loop repeats them."""
+"""Reads the collectives of a compiled program: kind, bytes, groups of devices, and whether a loop repeats them or a branch guards them."""
 
 import math
 import re
@@ -13,7 +13,8 @@ ITEM = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "bf16": 2, "f16": 2, "s32": 4, "u
 class Collective(NamedTuple):
     """One collective instruction.
 
-    shapes: of its results on one device. groups: the sets of devices that take part. loop: inside the body of a while loop.
+    shapes: of its results on one device. groups: the sets of devices that take part (of a permute: its pairs). loop: inside the body of a while
+    loop. branches: the branches of conditionals that it is inside of, by the name of their computation.
     origin: the path of the operation in the Python program, with `transpose(...)` for the backward pass.
     """
 
@@ -23,6 +24,7 @@ class Collective(NamedTuple):
     groups: frozenset[frozenset[int]]
     loop: bool
     origin: str
+    branches: frozenset[str] = frozenset()
 
     @property
     def elements(self):
@@ -54,19 +56,27 @@ def computations(text):
     return found
 
 
-def loop_bodies(parts):
-    """The names of all computations that run inside some while loop."""
-    calls = {name: set() for name in parts}
-    roots = set()
+def calls_of(parts, *, skip=r"^$"):
+    """`{computation: those it calls}`, of whatever kind; lines that match `skip` are left out."""
+    calls = {}
     for name, lines in parts.items():
+        found = set()
         for line in lines:
-            targets = set(re.findall(r"(?:calls|to_apply|body|condition|computation)=%?([\w.\-]+)", line))
-            for names in re.findall(r"(?:calls|branch_computations)=\{([^}]*)\}", line):
-                targets |= {name.strip(" %") for name in names.split(",")}
-            targets &= parts.keys()
-            calls[name] |= targets
-            if re.search(r"\bwhile\(", line):
-                roots |= targets
+            found |= set() if re.search(skip, line) else called(line)
+        calls[name] = found & parts.keys()
+    return calls
+
+
+def called(line):
+    """The computations that one instruction names."""
+    found = set(re.findall(r"(?:calls|to_apply|body|condition|\w+_computation|computation)=%?([\w.\-]+)", line))
+    for names in re.findall(r"(?:calls|branch_computations)=\{([^}]*)\}", line):
+        found |= {name.strip(" %") for name in names.split(",")}
+    return found
+
+
+def reachable(calls, roots):
+    """The computations that run where one of these does."""
     inside, todo = set(), list(roots)
     while todo:
         name = todo.pop()
@@ -76,9 +86,32 @@ def loop_bodies(parts):
     return inside
 
 
+def called_by(parts, kind):
+    """The computations that instructions of a kind call."""
+    found = set()
+    for lines in parts.values():
+        for line in lines:
+            found |= called(line) if re.search(kind, line) else set()
+    return found & parts.keys()
+
+
+def loop_bodies(parts):
+    """The names of all computations that run inside some while loop."""
+    return reachable(calls_of(parts), called_by(parts, r"\bwhile\("))
+
+
+def branches(parts):
+    """`{branch of a conditional: all computations that run nowhere but inside it or other branches}`."""
+    conditional = r"\bconditional\("
+    calls = calls_of(parts)
+    entry = parts.keys() - set().union(*calls.values())
+    always = reachable(calls_of(parts, skip=conditional), entry)
+    return {root: reachable(calls, [root]) - always for root in called_by(parts, conditional)}
+
+
 def device_groups(line, devices):
     """The groups of `{{0,1},{2,3}}`, of `[4,2]<=[2,2,2]T(1,0,2)`, or of `mesh['a'=2,'b'=4] {'b'}`."""
-    listed = re.search(r"replica_groups=\{(\{.*?\})\}", line)
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line)
     if listed:
         return frozenset(frozenset(map(int, g.split(","))) for g in re.findall(r"\{([\d,]+)\}", listed.group(1)))
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
@@ -113,7 +146,7 @@ def _rows(ids):
 def collectives(text, devices=8):
     """All collectives of a compiled program's text."""
     parts = computations(text)
-    inside = loop_bodies(parts)
+    inside, guarded = loop_bodies(parts), branches(parts)
     found = []
     for name, lines in parts.items():
         for line in lines:
@@ -127,9 +160,10 @@ def collectives(text, devices=8):
                     kind=match.group(2),
                     shapes=tuple(tuple(int(n) for n in dims.split(",") if n) for _, dims in shapes),
                     dtypes=tuple(dtype for dtype, _ in shapes),
-                    groups=device_groups(line, devices) if match.group(2) != "collective-permute" else frozenset(),
+                    groups=device_groups(line, devices),
                     loop=name in inside,
                     origin=origin.group(1) if origin else "",
+                    branches=frozenset(root for root, within in guarded.items() if name in within),
                 )
             )
     return found

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,10 +12,12 @@ from lmeff.config.validate import validate
 from lmeff.core.errors import ConfigError
 from lmeff.data.config import DataConfig
 from lmeff.models.config import preset
-from lmeff.models.moe import row_capacity
+from lmeff.models.moe import LETTERS, moe_layer, row_capacity
 from lmeff.parallel.mesh import MeshPlan
+from lmeff.parallel.region import regional
+from lmeff.parallel.seam import layout_ops
 from tests.layouts.hlo import collectives
-from tests.layouts.trial import MODELS, ROWS, TOKENS, Mesh, relative, run
+from tests.layouts.trial import MODELS, ROWS, TOKENS, Mesh, make_batch, relative, run
 
 EIGHT = Mesh(expert=8, model="capacity")
 EIGHT_DROPLESS = Mesh(expert=8, model="experts")
@@ -75,6 +78,38 @@ def test_equals_one_device(mesh, feature):
     assert want.metrics[-1]["objective"] < want.metrics[0]["objective"]
 
 
+def layer_gradients(mesh):
+    """Gradients of one layer's weights, and of a scale of its input, from inside a region over the batch axes."""
+    cfg, layout = MODELS[mesh.model], mesh.layout
+    random = np.random.default_rng(0)
+    sizes = {**cfg.sizes, "B": ROWS, "T": TOKENS}
+    p = {name: random.standard_normal([sizes[letter] for letter in LETTERS[name]]) for name in LETTERS}
+    p = jax.tree.map(lambda w: (0.3 * w).astype(np.float32), {**p, "scale": random.standard_normal(cfg.width)})
+    x, direction = (random.standard_normal((ROWS, TOKENS, cfg.width)).astype(np.float32) for _ in range(2))
+
+    def loss(p, layout, batch, x, direction):
+        scope = layout_ops(layout)({})
+        moe = dataclasses.replace(cfg.moe, shared=0)
+        y = moe_layer(layout.place(x * p["scale"], "BS_"), p, batch, cfg, moe, scope.ops)
+        return (y * direction).sum() + sum(kept.sum() for kept in scope.close().values())
+
+    def local(layout, p, _, rows, __):
+        return jax.grad(loss)(p, layout, *rows), {}
+
+    cuts = {name: layout.partition(LETTERS.get(name, "_")) for name in p}
+    run = regional(local, layout, layout.axes("B"), (cuts, {}, {}))
+    return jax.tree.map(np.asarray, jax.jit(lambda p, rows: run(p, {}, rows, {})[0])(p, (make_batch(), x, direction)))
+
+
+@pytest.mark.parametrize("model", ["experts", "capacity"])
+def test_a_layer_in_a_region_has_the_same_gradients(model):
+    """With context and tensor parallelism inside, where JAX does not check what varies over the mesh."""
+    want = layer_gradients(Mesh(model=model))
+    for mesh in (Mesh(expert=2, context=2, tensor=2, model=model), Mesh(data=2, expert=4, model=model)):
+        for name, gradient in layer_gradients(mesh).items():
+            assert relative(gradient, want[name]) <= 1e-5, (mesh, name)
+
+
 def test_experts_and_their_moments_lie_in_shards():
     mesh = CASES[3][0]
     shards = run(mesh, "weights").shards
@@ -133,5 +168,3 @@ def test_experts_that_cannot_be_cut_are_refused():
     assert validate(config(MeshPlan(expert=4, data=2)), 8)
     with pytest.raises(ConfigError, match=r"E = 4 over expert = 8"):
         validate(config(MeshPlan(expert=8)), 8)
-    with pytest.raises(ConfigError, match=r"mesh\.pipe: got 2 for a model with experts"):
-        validate(config(MeshPlan(pipe=2, data=4)), 8)

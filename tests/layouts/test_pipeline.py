@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from lmeff.core.ops import FLOATING
 from lmeff.models.transformer import sites
 from lmeff.parallel.mesh import partitions
+from lmeff.parallel.schedule_csv import to_csv
 from lmeff.parallel.schedules import build
 from lmeff.parallel.seam import layout_ops
 from lmeff.parallel.simulate import simulate
@@ -27,7 +28,7 @@ from lmeff.parallel.slices import (
     weight_gradients,
 )
 from lmeff.parallel.stages import layer_table
-from lmeff.train.step import frozen_partitions, pipelined_gradients
+from lmeff.train.step import frozen_partitions, make_train_step, pipelined_gradients
 from tests.layouts.hlo import computations, loop_bodies
 from tests.layouts.trial import (
     MODELS,
@@ -75,6 +76,18 @@ def test_the_loop_has_one_switch_and_two_permutes():
     assert len(switches) == 1
     assert len(re.search(r"branch_computations=\{([^}]*)\}", switches[0]).group(1).split(",")) == 4
     assert len(text) < 1.05 * len(program("1f1b", 8)[0])
+
+
+def test_a_table_in_a_file_gives_the_program_of_its_schedule(tmp_path):
+    file = tmp_path / "table.csv"
+    file.write_text(to_csv(build("zb-h1", 4, 4)))
+
+    def lowered(schedule):
+        mesh = Mesh(pipe=4, accumulate=4, schedule=schedule, model="four")
+        rt = make_runtime(mesh, "plain")
+        return jax.jit(make_train_step(rt)).lower(*make_inputs(rt, mesh, rows=ROWS)).as_text()
+
+    assert lowered(str(file)) == lowered("zb-h1") != lowered("1f1b")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 from lmeff.core.batch import Batch
 from lmeff.models.remat import FIXED, parse, wrapper
 from lmeff.models.transformer import block, sites
+from lmeff.parallel.region import Kept
 from lmeff.parallel.seam import layout_ops
 from lmeff.train.step import gradients, make_train_step
 from tests.layouts.trial import MODELS, UNOPTIMIZED, Mesh, leaves, make_inputs, make_params, make_runtime, relative
@@ -49,7 +50,7 @@ def policies():
         state, batch, frozen = make_inputs(rt, mesh, rows=64)
 
         def grads(state, batch, frozen, rt=rt):
-            return gradients(rt, state.trainable, state.auxiliary, batch, frozen, 1.0)[0]
+            return gradients(rt, state.trainable, state.auxiliary, batch, frozen, 1.0, Kept(None, state.step))[0]
 
         compiled = jax.jit(grads).lower(state, batch, frozen).compile(UNOPTIMIZED)
         found[policy] = leaves(compiled(state, batch, frozen)), compiled.memory_analysis().temp_size_in_bytes

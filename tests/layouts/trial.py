@@ -38,6 +38,7 @@ MODELS = {
         vocab=96, width=64, layers=2, heads=4, kv_heads=2, ffn=32, moe=MoE(experts=8, capacity=1.0, normalize=False)
     ),
     "four": ModelConfig(vocab=96, width=32, layers=4, heads=4, kv_heads=2, ffn=64),
+    "six": ModelConfig(vocab=96, width=32, layers=6, heads=4, kv_heads=4, ffn=64, tied=False),
     "moe": ModelConfig(
         vocab=96, width=32, layers=4, heads=4, kv_heads=2, ffn=32, tied=False, moe=MoE(experts=4, shared=1)
     ),
@@ -62,6 +63,7 @@ FEATURES = {
     "plain": Feature(),
     "weights": Feature(compress=(LSQ,)),
     "mask": Feature(compress=(Prune(pattern="2:4"),)),
+    "learned": Feature(compress=(Prune(pattern="2:4"), LSQ)),
     "teacher": Feature(distill=KD),
     "all": Feature(compress=(Prune(sparsity=0.5, scope="global"), INT8), distill=KD),
     "activations": Feature(compress=(INT8,), activations=Activations()),

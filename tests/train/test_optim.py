@@ -10,6 +10,7 @@ from lmeff.core.errors import ConfigError
 from lmeff.core.precision import Policy
 from lmeff.core.specs import initialize
 from lmeff.core.tree import flatten
+from lmeff.parallel.region import Kept
 from lmeff.train.optim import OPTIMIZERS, SCHEDULES, Kinds, OptimConfig, ema_update, learning_rate_at, make_optimizer
 from lmeff.train.state import Trainable
 from lmeff.train.step import Frozen, gradients
@@ -24,7 +25,11 @@ def gradient():
     """The jitted gradient of the tiny model with masks and learned scales, and where it starts: one compile for all optimizers."""
     rt = make_runtime(OptimConfig(), STEPS)
     state = make_state(rt)
-    fn = jax.jit(lambda trainable, batch: gradients(rt, trainable, state.auxiliary, batch, Frozen(), jnp.float32(1.0)))
+    fn = jax.jit(
+        lambda trainable, batch: gradients(
+            rt, trainable, state.auxiliary, batch, Frozen(), jnp.float32(1.0), Kept(None, state.step)
+        )[:2]
+    )
     return fn, state.trainable
 
 

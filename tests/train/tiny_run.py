@@ -25,6 +25,7 @@ from lmeff.core.specs import initialize
 from lmeff.distill.objectives import Projection, head_objective
 from lmeff.models.config import PRESETS
 from lmeff.models.transformer import param_specs
+from lmeff.parallel.compressed import make_reducer
 from lmeff.parallel.mesh import MeshPlan, make_layout
 from lmeff.train.checkpoint import _leaves
 from lmeff.train.digest import digests
@@ -32,7 +33,7 @@ from lmeff.train.loop import Job, TrainConfig, train
 from lmeff.train.optim import OptimConfig, learning_rate_at, make_optimizer
 from lmeff.train.progress import LineProgress
 from lmeff.train.state import create_state
-from lmeff.train.step import Frozen, Model, Runtime
+from lmeff.train.step import Frozen, Model, Runtime, begin
 
 CFG = PRESETS["tiny"]
 SPECS = param_specs(CFG)
@@ -75,7 +76,7 @@ def make_batch(step, rows=ROWS, length=LENGTH):
     return Batch(tokens[:, :-1], tokens[:, 1:], ones, positions, np.ones((rows, length), np.float32))
 
 
-def make_runtime(optim, steps, *, policy=None, mesh=None, compressed=True, **fields):
+def make_runtime(optim, steps, *, policy=None, mesh=None, compressed=True, reduce=None, **fields):
     policy = policy or Policy()
     compression = masked_lsq() if compressed else identity()
     return Runtime(
@@ -88,13 +89,15 @@ def make_runtime(optim, steps, *, policy=None, mesh=None, compressed=True, **fie
         layout=make_layout(mesh or MeshPlan(data=1), None if mesh else jax.devices()[:1]),
         policy=policy,
         ema=optim.ema,
+        reducer=make_reducer(reduce, SPECS),
+        steps=steps,
         **fields,
     )
 
 
 def make_state(rt):
     params = initialize(jax.random.key(0), SPECS, rt.policy.params)
-    return create_state(params, SPECS, rt.compression, rt.tx, rt.layout, ema=rt.ema is not None)
+    return begin(rt, create_state(params, SPECS, rt.compression, rt.tx, rt.layout, ema=rt.ema is not None))
 
 
 OPTIM = OptimConfig(ema=0.9, warmup_steps=4)
