@@ -129,6 +129,11 @@ def _check_synchronization(experiment: Experiment, degrees: Mapping[str, int]) -
                 f"{where}.ema: got {optim.ema} with train.local, expected None: the outer parameters, which the run gives, are an average of the workers "
                 "already. Drop one of them."
             )
+        if optim is not None and optim.offload:
+            raise ConfigError(
+                f"{where}.offload: got True with train.local, expected False: each worker's moments lie apart from the others' on its own devices. "
+                "Drop one of them."
+            )
 
 
 def _check_stage_names(stage: Stage, seen: Mapping[str, ModelConfig], where: str) -> None:

