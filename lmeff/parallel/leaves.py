@@ -65,8 +65,8 @@ def _leaf(path: str, spec: ParamSpec, layout: Layout, item: int) -> Leaf:
 
 
 def _asked(spec: ParamSpec, layout: Layout) -> tuple[str, ...]:
-    """The axes that this plan cuts such a weight over: those of its letters, and tensor and, at stage 3 of ZeRO, fsdp for any."""
-    wanted = {"tensor", ZERO_AXIS} | {axis for letter in spec.letters for axis in LETTER_AXES.get(letter, ())}
+    """The axes that this plan cuts such a weight over: those of its letters, and tensor, pipe and, at stage 3 of ZeRO, fsdp for any."""
+    wanted = {"tensor", "pipe", ZERO_AXIS} | {axis for letter in spec.letters for axis in LETTER_AXES.get(letter, ())}
     if layout.plan.zero < 3:
         wanted.discard(ZERO_AXIS)
     return tuple(axis for axis in layout.mesh.axis_names if axis in wanted and layout.mesh.shape[axis] > 1)

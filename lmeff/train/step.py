@@ -147,7 +147,7 @@ def advance(rt: Runtime, state: TrainState, batch: Batch, frozen: Frozen) -> tup
     grads, sums, reduction = gradients(rt, state.trainable, state.auxiliary, batch, frozen, scale, kept)
     if scaled:
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads)
-    grads = row_major(place_gradients(rt, grads), rt.specs, rt.layout)
+    grads = place_gradients(rt, grads)
     updates, opt = rt.tx.update(grads, state.opt, state.trainable)
     trainable: Any = optax.apply_updates(state.trainable, updates)
     auxiliary = rt.compression.update(

@@ -40,6 +40,7 @@ def make_runtime(layout, cfg=CFG, remat="full", offload=False):
         tx=make_optimizer(OptimConfig(offload=offload), 100, policy=MIXED, specs=specs),
         layout=layout,
         policy=MIXED,
+        accumulate=2 * layout.plan.pipe if layout.plan.pipe > 1 else 1,
         remat=remat,
         offload=offload,
     )

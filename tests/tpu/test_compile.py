@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.layouts.hlo import collectives
 
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.devices import topology
+from lmeff.parallel.hlo import collectives
 from lmeff.parallel.leaves import LARGE, leaf_table
 from lmeff.parallel.mesh import AXES, MeshPlan, make_layout
 from lmeff.train.state import abstract_batch
@@ -30,12 +30,13 @@ class Case(NamedTuple):
 
 GATHERED = ("all-gather", ("fsdp",), True)  # a layer's weights
 TURNED = ("all-to-all", ("fsdp",), False)  # embedded rows, and the head from a part of D to a part of V
+ONCE = ("all-gather", ("fsdp",), False)  # in a region: a stage's weights before its loops, their gradients after
+SUMMED = ("reduce-scatter", ("fsdp",), False)
 STREAM = ("all-gather", ("tensor",), True)  # the residual stream on its way into a sublayer
 
 CASES = {
     "v5e, fsdp x tensor": Case("v5e:4x4", MeshPlan(fsdp=4, tensor=4), 8, (GATHERED, TURNED, STREAM)),
-    # A place for the pipeline: pipe x fsdp x tensor on this topology.
-    "v5p, fsdp x tensor": Case("v5p:4x4x4", MeshPlan(fsdp=16, tensor=4), 16, (GATHERED, TURNED, STREAM)),
+    "v5p, pipe x fsdp x tensor": Case("v5p:4x4x4", MeshPlan(pipe=4, fsdp=4, tensor=4), 32, (ONCE, SUMMED, STREAM)),
     "two slices of v5e, dcn x fsdp": Case("v5e:4x4:2", MeshPlan(dcn=2, fsdp=16), 32, (GATHERED, TURNED)),
     "v6e, context x tensor": Case("v6e:4x4", MeshPlan(context=4, tensor=4), 4, (STREAM,)),
 }
@@ -76,7 +77,7 @@ def test_arguments_are_the_shards_of_state_and_batch(name):
 def test_collectives_and_the_kernel(name):
     case, _, step = program(name)
     text, layout = step.as_text(), make_layout(case.plan, topology(case.topology))
-    found = {(c.kind, c.groups, c.loop) for c in collectives(text, layout.mesh.size)}
+    found = {(c.kind, c.groups, c.loop) for c in collectives(text)}
     for kind, axes, loop in case.expected:
         assert (kind, groups_over(layout, axes), loop) in found, (kind, axes, loop)
     kernels = sum('custom_call_target="tpu_custom_call"' in line and "splash" in line for line in text.splitlines())
@@ -94,7 +95,17 @@ def test_nothing_large_lies_whole_where_it_should_be_cut(name):
     large = [(path, x) for path, x in leaves if math.prod(x.shape) * jnp.dtype(x.dtype).itemsize > LARGE]
     assert len(large) == 15, "the embedding, the head and three stacked matrices, with two moments each"
     for path, x in large:
-        assert shard_bytes(x) * ways == math.prod(x.shape) * jnp.dtype(x.dtype).itemsize, jax.tree_util.keystr(path)
+        own = ways * case.plan.pipe if "blocks" in jax.tree_util.keystr(path) else ways
+        assert shard_bytes(x) * own == math.prod(x.shape) * jnp.dtype(x.dtype).itemsize, jax.tree_util.keystr(path)
+
+
+def test_a_pipeline_has_one_switch_and_two_permutes_a_tick():
+    _, _, step = program("v5p, pipe x fsdp x tensor")
+    text = step.as_text()
+    permutes = [c for c in collectives(text) if c.kind == "collective-permute" and "ppermute" in c.origin]
+    assert len(permutes) == 2
+    assert all(c.loop and not c.branches for c in permutes)
+    assert all((a // 4) % 4 != (b // 4) % 4 or a // 16 != b // 16 for c in permutes for a, b in c.pairs)
 
 
 def test_slices_exchange_gradients_alone():
@@ -107,7 +118,7 @@ def test_slices_exchange_gradients_alone():
         if "_xla_megascale_reduce_operation" in line
     }
     assert kinds == {"SUM"}
-    for c in collectives(text, 32):
+    for c in collectives(text):
         assert all(len({position // 16 for position in group}) == 1 for group in c.groups)
 
 
