@@ -6,7 +6,7 @@ Logs go to stderr under `--json`, which leaves one JSON object on stdout. Exit c
 import json
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,9 +22,13 @@ from lmeff.config.schema import flat_values
 from lmeff.config.validate import validate
 from lmeff.core.errors import UsageError, UserError
 from lmeff.core.files import write_text
+from lmeff.core.precision import parse
 from lmeff.launch import Machine, launch, simulate_devices, this_command
+from lmeff.models.config import ModelConfig
 from lmeff.parallel import processes
 from lmeff.parallel.drawing import print_schedule
+from lmeff.parallel.leaves import print_stages
+from lmeff.parallel.mesh import make_layout
 from lmeff.parallel.schedule_csv import from_csv, to_csv
 from lmeff.parallel.schedules import build, is_file
 from lmeff.parallel.simulate import simulate
@@ -116,7 +120,7 @@ class ShowConfig:
     Attributes:
         action: what to do; there is only show.
         config: a Python file whose experiment() returns the config.
-        devices: also check it against so many devices.
+        devices: also check it against so many devices, and show where every parameter lies on them.
         json: print one JSON object on stdout.
     """
 
@@ -192,12 +196,17 @@ def _report(command: MakeReport, overrides: Sequence[str], console: Console) -> 
 
 def _show(command: ShowConfig, overrides: Sequence[str], console: Console) -> Json:
     experiment, sources = _experiment(command.config, overrides)
+    shapes: Mapping[str, ModelConfig] = {}
     if command.devices is not None:
         simulate_devices(command.devices)
-        validate(experiment, command.devices)
+        shapes = validate(experiment, command.devices)
     for path, value in flat_values(experiment):
         console.print(f"{path} = {value!r}  [dim]({sources[path]})[/dim]", highlight=False, soft_wrap=True)
-    return {"config": to_json(experiment), "origins": sources}
+    answer: Json = {"config": to_json(experiment), "origins": sources}
+    if not shapes:
+        return answer
+    layout, dtype = make_layout(experiment.mesh), parse(experiment.precision).params
+    return answer | {"leaves": print_stages(shapes, layout, dtype, console)}
 
 
 def _schedule(command: ShowSchedule, overrides: Sequence[str], console: Console) -> Json:

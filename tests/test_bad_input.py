@@ -284,3 +284,13 @@ def test_config_show_tells_origins(text, tmp_path):
     assert origins["train.batch"] == str(config)
     assert origins["optim.b1"] == "default"
     assert shown["config"]["optim"]["learning_rate"] == 0.5
+
+
+def test_config_show_tells_where_parameters_lie(text, tmp_path, monkeypatch):
+    monkeypatch.setattr("lmeff.cli.simulate_devices", lambda count: None)  # this process has its eight already
+    config = write_config(tmp_path, text)
+    shown = lmeff_json("config", "show", config, "--devices", "8", "--mesh.fsdp", "8", "--train.batch", "8")
+    rows = {row["path"]: row for row in shown["leaves"]["teacher"]}
+    assert rows["embed/table"]["partition"] == "-,fsdp"
+    assert rows["embed/table"]["bytes"] * 8 == 4 * 264 * 32
+    assert rows["embed/table"]["copies"] == 1

@@ -10,7 +10,8 @@ from lmeff.core.errors import ConfigError
 from lmeff.core.precision import parse
 from lmeff.data.config import vocab_size
 from lmeff.models.config import ModelConfig
-from lmeff.models.transformer import param_specs, remat_policy
+from lmeff.models.remat import parse as parse_remat
+from lmeff.models.transformer import param_specs, sites
 from lmeff.parallel.mesh import BATCH_AXES, MeshPlan, indivisible
 from lmeff.parallel.order import check_tokens
 from lmeff.parallel.schedules import SCHEDULES, is_file, resolve
@@ -24,7 +25,6 @@ def validate(experiment: Experiment, devices: int) -> dict[str, ModelConfig]:
     """The shape of every stage's model; raises `ConfigError` for the first thing that cannot work on so many devices."""
     _check_name("name", experiment.name)
     parse(experiment.precision)
-    remat_policy(experiment.train.remat)
     degrees = experiment.mesh.degrees(devices)
     _check_batches(experiment, degrees)
     schedule = _schedule_of(experiment.mesh, degrees["pipe"], experiment.train.accumulate)
@@ -35,6 +35,7 @@ def validate(experiment: Experiment, devices: int) -> dict[str, ModelConfig]:
     for position, stage in enumerate(experiment.recipe):
         _check_stage_names(stage, seen, f"recipe[{position}]")
         cfg = shape_of(experiment, stage, seen)
+        parse_remat(experiment.train.remat, sites(cfg))
         _check_shape(experiment, stage, cfg, degrees)
         _check_stage(experiment, stage, cfg, seen, packed)
         if schedule is not None and experiment.steps(stage):

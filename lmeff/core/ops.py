@@ -144,9 +144,13 @@ def encode_activation(x: jax.Array, axes: tuple[int, ...], format: QFormat, rang
 
 
 def plain_einsum(equation: str, x: jax.Array, w: jax.Array, *, site: str = "") -> jax.Array:
-    """A floating-point einsum with float32 accumulation, in the dtype of `x`; reverse mode only. `jax.checkpoint` knows it as "product"."""
+    """A floating-point einsum with float32 accumulation, in the dtype of `x`; reverse mode only.
+
+    `jax.checkpoint` knows it as "product" and by its site.
+    """
     x, w = alike(x, w)  # in shards a gradient may vary over axes that only the other operand varies over
-    return checkpoint_name(_product(equation, x, w.astype(x.dtype)), "product")
+    out = checkpoint_name(_product(equation, x, w.astype(x.dtype)), "product")
+    return checkpoint_name(out, site) if site else out
 
 
 def _multiply(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:

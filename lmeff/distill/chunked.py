@@ -2,7 +2,7 @@
 
 The gradients are made in the forward pass, chunk by chunk, while the chunk's logits are there; the backward pass only scales them. So nothing
 is computed twice and the peak is one chunk of logits, not all of them (the idea of Liger's fused losses, https://arxiv.org/abs/2410.10989, for any row loss).
-With the vocabulary cut over a mesh axis, each device sees its part of the logits and the row losses below reduce over that axis.
+With the vocabulary cut over mesh axes, each device sees its part of the logits and the row losses below reduce over these axes.
 """
 
 from collections.abc import Callable
@@ -23,24 +23,30 @@ def chunked_head(
     extras: Any,
     *,
     chunk: int,
-    vocab_axis: str | None = None,
+    vocab_axes: tuple[str, ...] = (),
     batch_axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, Sums]:
     """Sums `row_loss(hidden, head, rows, extras) -> (objective [n], metrics {name: [n]})` over all rows; differentiable in hidden and head.
 
     rows:       arrays with leading [N] (targets, weights, a teacher's hidden states); a row of zeros, weight 0, must cost 0: padding is such a row.
     extras:     whatever else the rows need (a teacher's head); not differentiated.
-    vocab_axis: the mesh axis that `head` is cut over along the vocabulary, inside `jax.shard_map`; else None.
-    batch_axes: the mesh axes that rows are cut over, inside `jax.shard_map`: sums, and the head's gradient, are added over them.
+    vocab_axes: the mesh axes that `head` is cut over along the vocabulary, inside `jax.shard_map`.
+    batch_axes: the mesh axes that rows are cut over, inside `jax.shard_map`: sums, and the head's gradient, are added over them. Over an axis of
+                both, the rows of a chunk are gathered, so that every device sees its part of the vocabulary for all of them.
     """
-    vocab_axes = () if vocab_axis is None else (vocab_axis,)
+    shared = tuple(axis for axis in batch_axes if axis in vocab_axes)
+    rows_only, vocab_only = _without(batch_axes, shared), _without(vocab_axes, shared)
 
     dtypes = jax.tree.map(lambda x: x.dtype, head)
 
     def row_sums(hidden: Any, head: Any, rows: Any, extras: Any) -> tuple[jax.Array, Sums]:
         head = jax.tree.map(lambda x, dtype: x.astype(dtype), head, dtypes)
-        objective, metrics = row_loss(hidden, head, rows, extras)
-        return objective.sum(), jax.tree.map(jnp.sum, metrics)
+        count = hidden.shape[0]
+        hidden, rows = jax.tree.map(lambda x: _gathered(x, shared), (hidden, rows))
+        per_row = row_loss(hidden, head, rows, extras)
+        # Each device adds up its own rows alone: the sum over devices then has each row once, and so does its gradient.
+        objective, metrics = jax.tree.map(lambda x: _own(x, count, shared).sum(), per_row)
+        return objective, metrics
 
     def pieces(hidden_ND: jax.Array, rows: Any) -> Any:
         return jax.tree.map(lambda x: _cut(x, chunk), (hidden_ND, rows))
@@ -63,7 +69,7 @@ def chunked_head(
 
         cut = pieces(hidden_ND, rows)
         shapes = jax.eval_shape(row_sums, *_first(cut, head), extras)
-        start = (_zeros(shapes, batch_axes), _zeros(head, batch_axes + vocab_axes))
+        start = (_zeros(shapes, batch_axes), _zeros(head, batch_axes + vocab_only))
         (sums, d_head), d_hidden = jax.lax.scan(add, start, cut)
         d_hidden = d_hidden.reshape(-1, *hidden_ND.shape[1:])[: hidden_ND.shape[0]]
         return sums, (d_hidden, d_head)
@@ -78,7 +84,22 @@ def chunked_head(
     # Each part of the vocabulary gives its part of the hidden states' gradient, and each part of the rows its part of the head's, in float32; the
     # casts' own gradients add them up, once and not in every chunk. Sums are added outside too: so it is right whether or not `jax.shard_map` checks.
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), head)
-    return _psum(call(_vary(hidden_ND, vocab_axes), _vary(wide, batch_axes), rows, extras), batch_axes)
+    return _psum(call(_vary(hidden_ND, vocab_only), _vary(wide, rows_only), rows, extras), batch_axes)
+
+
+def _without(axes: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(axis for axis in axes if axis not in others)
+
+
+def _gathered(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.all_gather(x, axes, tiled=True) if axes else x
+
+
+def _own(x_N: jax.Array, count: int, axes: tuple[str, ...]) -> jax.Array:
+    """Zeros in place of the rows of other devices."""
+    if not axes:
+        return x_N
+    return jnp.where(jnp.arange(x_N.shape[0]) // count == jax.lax.axis_index(axes), x_N, 0)
 
 
 def map_rows(fn: Callable[[Any], jax.Array], rows: Any, *, chunk: int) -> jax.Array:
@@ -115,35 +136,37 @@ def _psum(tree: Any, axes: tuple[str, ...]) -> Any:
     return jax.lax.psum(tree, axes) if axes else tree
 
 
-def vocab_log_softmax(logits_NV: jax.Array, axis: str | None) -> jax.Array:
+def vocab_log_softmax(logits_NV: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Log-probabilities of this device's part of the vocabulary, normalised over all of it."""
     top_N1 = jax.lax.stop_gradient(logits_NV).max(-1, keepdims=True)
-    if axis is not None:
-        top_N1 = jax.lax.pmax(top_N1, axis)
+    if axes:
+        top_N1 = jax.lax.pmax(top_N1, axes)
     shifted = logits_NV - top_N1
-    return shifted - jnp.log(vocab_sum(jnp.exp(shifted), axis))[:, None]
+    return shifted - jnp.log(vocab_sum(jnp.exp(shifted), axes))[:, None]
 
 
-def vocab_sum(x_NV: jax.Array, axis: str | None) -> jax.Array:
+def vocab_sum(x_NV: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Sum over the whole vocabulary, [N]."""
     total_N = x_NV.sum(-1)
-    return total_N if axis is None else jax.lax.psum(total_N, axis)
+    return total_N if not axes else jax.lax.psum(total_N, axes)
 
 
-def pick_target(x_NV: jax.Array, targets_N: jax.Array, axis: str | None) -> jax.Array:
+def pick_target(x_NV: jax.Array, targets_N: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """The entry of each row's target, [N]; by comparison and not by index, so that no part of the vocabulary is gathered."""
-    first = 0 if axis is None else jax.lax.axis_index(axis) * x_NV.shape[-1]
+    first = 0 if not axes else jax.lax.axis_index(axes) * x_NV.shape[-1]
     is_target_NV = first + jnp.arange(x_NV.shape[-1])[None, :] == targets_N[:, None]
-    return vocab_sum(jnp.where(is_target_NV, x_NV, 0.0), axis)
+    return vocab_sum(jnp.where(is_target_NV, x_NV, 0.0), axes)
 
 
-def cross_entropy_rows(logits_NV: jax.Array, targets_N: jax.Array, axis: str | None) -> jax.Array:
+def cross_entropy_rows(logits_NV: jax.Array, targets_N: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Negative log-likelihood of each target in nats, [N]."""
-    return -pick_target(vocab_log_softmax(logits_NV, axis), targets_N, axis)
+    return -pick_target(vocab_log_softmax(logits_NV, axes), targets_N, axes)
 
 
-def forward_kl_rows(student_NV: jax.Array, teacher_NV: jax.Array, temperature: float, axis: str | None) -> jax.Array:
+def forward_kl_rows(
+    student_NV: jax.Array, teacher_NV: jax.Array, temperature: float, axes: tuple[str, ...]
+) -> jax.Array:
     """KL(teacher || student) of the softmaxes at a temperature, in nats, [N]."""
-    student = vocab_log_softmax(student_NV / temperature, axis)
-    teacher = vocab_log_softmax(teacher_NV / temperature, axis)
-    return vocab_sum(jnp.exp(teacher) * (teacher - student), axis)
+    student = vocab_log_softmax(student_NV / temperature, axes)
+    teacher = vocab_log_softmax(teacher_NV / temperature, axes)
+    return vocab_sum(jnp.exp(teacher) * (teacher - student), axes)

@@ -70,47 +70,57 @@ def head_objective(
     """
     assert (teacher is None) == (distill is None)
 
-    def row_loss(axis: str | None, hidden: jax.Array, head: Any, rows: Any, extras: Any) -> tuple[jax.Array, Sums]:
-        logits = student(hidden, head, extras["ranges"])
-        loss = cross_entropy_rows(logits, rows["targets"], axis) * rows["weights"]
-        if teacher is None or distill is None:
-            return loss, {"loss": loss}
-        target = teacher(rows["teacher"], extras["teacher_head"], extras["teacher_ranges"])
-        kl = forward_kl_rows(logits, target, distill.temperature, axis) * rows["weights"]
-        mixed = (1 - distill.mix) * loss + distill.mix * distill.temperature**2 * kl
-        return mixed, {"loss": loss, "kl": kl}
-
     def objective(layout: Layout, s: Output, t: Output | None, batch: Batch) -> tuple[jax.Array, Sums]:
+        shared = shared_axes(layout, student.cfg)
         rows, extras = {"targets": batch.targets, "weights": batch.weights}, {"ranges": s.ranges}
-        letters = head_letters(s.head, student.cfg)
-        extra_letters = {"ranges": _whole(s.ranges)}
+        letters, sums = {"ranges": _whole(s.ranges)}, {"loss": ""}
         if t is not None and teacher is not None:
             rows |= {"teacher": t.hidden_BTD}
-            teacher_head = materialize(t.head)
-            extras |= {"teacher_head": teacher_head, "teacher_ranges": t.ranges}
-            extra_letters |= {
-                "teacher_head": head_letters(teacher_head, teacher.cfg),
-                "teacher_ranges": _whole(t.ranges),
-            }
-        vocab = layout.axes("V")
-        axis = vocab[0] if vocab else None
+            extras |= {"teacher_head": materialize(t.head), "teacher_ranges": t.ranges}
+            letters |= {"teacher_head": _loss_letters(teacher.cfg, shared), "teacher_ranges": _whole(t.ranges)}
+            sums |= {"kl": ""}
 
         def local(hidden: jax.Array, head: Any, rows: Any, extras: Any) -> tuple[jax.Array, Sums]:
             hidden, rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (hidden, rows))
-            loss = functools.partial(row_loss, axis)
-            options = {"chunk": chunk, "vocab_axis": axis, "batch_axes": layout.axes("BS")}
+            head = _by_vocabulary(head, student.cfg, shared)
+            if teacher is not None:
+                extras = extras | {"teacher_head": _by_vocabulary(extras["teacher_head"], teacher.cfg, shared)}
+            axes = layout.axes("V") + shared
+            loss = functools.partial(_row_loss, student, teacher, distill, axes)
+            part = _rows_at_once(chunk, layout, student.cfg, shared)
+            options = {"chunk": part, "vocab_axes": axes, "batch_axes": layout.axes("BS")}
             return chunked_head(loss, hidden, head, rows, extras, **options)
 
         row_letters = jax.tree.map(lambda x: "BS" + WHOLE * (x.ndim - 2), rows)
-        sums = {"loss": ""} if teacher is None else {"loss": "", "kl": ""}
-        run = layout.on_shards(local, ("BS_", letters, row_letters, extra_letters), ("", sums))
-        loss, metrics = run(s.hidden_BTD, s.head, rows, extras)
+        inputs = ("BS_", _loss_letters(student.cfg, shared), row_letters, letters)
+        loss, metrics = layout.on_shards(local, inputs, ("", sums))(s.hidden_BTD, s.head, rows, extras)
         if not s.sums:
             return loss, metrics
         routing, told = auxiliary(s.sums, student.cfg)
         return loss + routing, {**metrics, **told}
 
     return objective
+
+
+def _row_loss(
+    student: Projection,
+    teacher: Projection | None,
+    distill: Distill | None,
+    axes: tuple[str, ...],
+    hidden: jax.Array,
+    head: Any,
+    rows: Any,
+    extras: Any,
+) -> tuple[jax.Array, Sums]:
+    """The objective and the metrics of each row [N]; the vocabulary of both heads is cut over `axes`."""
+    logits = student(hidden, head, extras["ranges"])
+    loss = cross_entropy_rows(logits, rows["targets"], axes) * rows["weights"]
+    if teacher is None or distill is None:
+        return loss, {"loss": loss}
+    target = teacher(rows["teacher"], extras["teacher_head"], extras["teacher_ranges"])
+    kl = forward_kl_rows(logits, target, distill.temperature, axes) * rows["weights"]
+    mixed = (1 - distill.mix) * loss + distill.mix * distill.temperature**2 * kl
+    return mixed, {"loss": loss, "kl": kl}
 
 
 def token_nll(model: Projection, *, chunk: int = CHUNK) -> Callable[[Layout, Output, Batch], jax.Array]:
@@ -121,7 +131,7 @@ def token_nll(model: Projection, *, chunk: int = CHUNK) -> Callable[[Layout, Out
 
         def local(hidden: jax.Array, head: Any, targets: jax.Array, weights: jax.Array, ranges: Ranges) -> jax.Array:
             def piece(rows: Any) -> jax.Array:
-                return cross_entropy_rows(model(rows[0], head, ranges), rows[1], vocab[0] if vocab else None)
+                return cross_entropy_rows(model(rows[0], head, ranges), rows[1], vocab)
 
             losses = map_rows(piece, (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)), chunk=chunk)
             return losses.reshape(weights.shape) * (weights > 0)
@@ -142,6 +152,36 @@ def head_letters(head: Any, cfg: ModelConfig) -> Any:
     return jax.tree.map(
         lambda x: "".join(letter if size > 1 else WHOLE for letter, size in zip(cut, x.shape, strict=True)), head
     )
+
+
+def shared_axes(layout: Layout, cfg: ModelConfig) -> tuple[str, ...]:
+    """The axes that cut rows and D of the head: the loss cuts the vocabulary over them instead. None where it does not divide.
+
+    A head that is gathered whole takes its own size and, for its gradient in float32, twice that on every device. Here the rows of a chunk are
+    gathered in its place: less memory, and less traffic as long as the axes have fewer rows in all than the vocabulary has entries.
+    """
+    axes = layout.axes("D")
+    return axes if cfg.vocab % layout.size(layout.axes("V") + axes) == 0 else ()
+
+
+def _loss_letters(cfg: ModelConfig, shared: tuple[str, ...]) -> str:
+    """How a head enters the loss: as it is stored where the loss itself turns it, else as `head_letters`."""
+    letters = "VD" if cfg.tied else "DV"
+    return letters if shared else letters.replace("D", WHOLE)
+
+
+def _by_vocabulary(head: jax.Array, cfg: ModelConfig, axes: tuple[str, ...]) -> jax.Array:
+    """From a part of D to a part of V; each device sends what others need and nothing else."""
+    vocab = 0 if cfg.tied else 1
+    return jax.lax.all_to_all(head, axes, split_axis=vocab, concat_axis=1 - vocab, tiled=True) if axes else head
+
+
+def _rows_at_once(chunk: int, layout: Layout, cfg: ModelConfig, shared: tuple[str, ...]) -> int:
+    """A device's rows of a chunk. Where rows are gathered, logits and gathered rows together take what the logits of `chunk` rows would."""
+    if not shared:
+        return chunk
+    vocab, gathered = cfg.vocab // layout.size(layout.axes("V")), layout.size(shared) * cfg.width
+    return 1 << (max(1, chunk * vocab // (vocab + gathered)).bit_length() - 1)
 
 
 def _whole(tree: Any) -> Any:

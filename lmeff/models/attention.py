@@ -1,20 +1,24 @@
 """Causal attention in blocks, never a T x S matrix of scores.
 
-`attention` is the one function the model calls; a table at the bottom chooses the formulation by backend and length. All of them save only the output
+`attention` is the one function the model calls; a table at the bottom chooses the formulation by platform and shapes. All of them save only the output
 and the log-sum-exp of each row for the backward pass (FlashAttention: Dao et al. 2022, https://arxiv.org/abs/2205.14135) and skip blocks
 above the diagonal or outside the window. Everything is local to a device: the caller cuts rows and heads over the mesh.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lmeff.models import splash
 from lmeff.models.mask import Mask
 from lmeff.models.tiles import MASKED, Tiles, d_scores, scores, tile_backward, tile_forward, visible
+
+Form = Callable[..., jax.Array]
+"""`(q_BTHC, k_BSKC, v_BSKC, segments_BT, mask) -> o_BTHC`."""
 
 
 def attention(
@@ -25,14 +29,22 @@ def attention(
     segments_BT: jax.Array,
     window: int | None = None,
     softcap: float | None = None,
+    platform: str = "cpu",
 ) -> jax.Array:
     """Causal grouped-query self-attention within documents, [B, T, H, C] in the dtype of `q`; softmax in float32.
 
     segments_BT: document ids of the row; 0 is padding, which sees nothing and gives zeros.
+    platform:    of the devices that this will run on, which need not be those of the machine that compiles it.
     """
-    length = "short" if q_BTHC.shape[1] <= SHORT else "long"
-    form = FORMS.get((jax.default_backend(), length), FORMS["any", length])
+    form = FORMS[form_of(platform, q_BTHC.shape, k_BSKC.shape)]
     return form(q_BTHC, k_BSKC, v_BSKC, segments_BT, Mask(window, softcap))
+
+
+def form_of(platform: str, q_shape: Sequence[int], k_shape: Sequence[int]) -> str:
+    """The form of attention for local shapes [B, T, H, C] and [B, S, K, C] on a platform, a key of `FORMS`."""
+    if platform == "tpu" and splash.fits(q_shape, k_shape):
+        return "splash"
+    return "panels" if q_shape[1] <= SHORT else "tiles"
 
 
 def reference_attention(
@@ -225,7 +237,8 @@ BLOCK = 64
 TILE = 256
 HEADS_TOGETHER = 8
 
-FORMS: dict[tuple[str, str], Callable[..., jax.Array]] = {
-    ("any", "short"): _blocked(_panel_forward, _panel_backward, 1),
-    ("any", "long"): _blocked(_tile_forward, _tile_backward, TILE),
+FORMS: dict[str, Form] = {
+    "panels": _blocked(_panel_forward, _panel_backward, 1),
+    "tiles": _blocked(_tile_forward, _tile_backward, TILE),
+    "splash": splash.attend,
 }

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from lmeff.core.batch import Batch
-from lmeff.core.errors import ConfigError
 from lmeff.core.numerics import is_qtensor
 from lmeff.core.ops import KEPT, MakeOps, Ops, Ranges, Records
 from lmeff.core.specs import ParamSpec
@@ -19,6 +18,7 @@ from lmeff.core.tree import Tree
 from lmeff.models.config import ModelConfig
 from lmeff.models.mlp import mlp_layer, mlp_sites, mlp_specs, residual_scale, spec_of
 from lmeff.models.moe import moe_layer, moe_sites, moe_specs
+from lmeff.models.remat import parse, wrapper
 
 View = Callable[[Any, Any], Any]
 
@@ -170,6 +170,7 @@ def forward(
     remat: str = "none",
     unroll: int = 1,
     scan: Callable[..., Any] = jax.lax.scan,
+    enter: Callable[[Any, jax.Array], Any] = lambda weights, index: weights,
     compute_dtype: Any = jnp.float32,
     output_dtype: Any = None,
 ) -> Output:
@@ -178,9 +179,10 @@ def forward(
     params:     arrays, or packed leaves (`QTensor`).
     view:       how weights are seen, `(subtree, its state) -> subtree`; inside the scan, so no second copy of the weights exists.
     ranges:     calibrated activation ranges by site, [L, 2] for sites of the block and [2] for the head; None when nothing is calibrated.
-    remat:      what the backward pass keeps: "none" (all), "dots", "names" (attention outputs and ffn hidden states) or "full" (nothing).
+    remat:      what the backward pass keeps, as `models.remat` reads it; not a budget.
     unroll:     layers in one turn of the scan's loop; changes time and program size, no result.
     scan:       `jax.lax.scan`, or what does the same where layers are cut over devices (`parallel.layers.layer_scan`).
+    enter:      `(weights, index of the layer) -> weights`, what they pass on their way into the block (`parallel.tiles.pinned`); changes memory, no result.
     output_dtype: of the last hidden state, rounded once from float32; None is the compute dtype.
     """
 
@@ -188,7 +190,8 @@ def forward(
         return cast_floating(view(params[key], substate(view_state, key)), compute_dtype)
 
     def step(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, Records]:
-        p, state, layer_ranges = layer
+        p, state, layer_ranges, index = layer
+        p = enter(p, index)
         scope = make_ops(layer_ranges)
         return block(x_BTD, cast_floating(view(p, state), compute_dtype), batch, cfg, scope.ops), scope.close()
 
@@ -196,8 +199,9 @@ def forward(
     outer = make_ops(head_ranges)
     embed = seen("embed")
     x_BTD = embed_tokens(embed["table"], batch, outer.ops, compute_dtype)
-    layers = (params["blocks"], substate(view_state, "blocks"), _block_ranges(ranges))
-    x_BTD, records = scan(remat_policy(remat)(step), x_BTD, layers, unroll=min(unroll, cfg.layers))
+    layers = (params["blocks"], substate(view_state, "blocks"), _block_ranges(ranges), jnp.arange(cfg.layers))
+    kept = wrapper(parse(remat, sites(cfg)))
+    x_BTD, records = scan(kept(step), x_BTD, layers, unroll=min(unroll, cfg.layers))
     hidden_BTD = last_hidden(x_BTD, seen("final_norm"), cfg, output_dtype or compute_dtype)
     head = embed["table"] if cfg.tied else seen("head")["w"]
     sums = kept_sums(records)
@@ -253,22 +257,3 @@ def _block_ranges(ranges: Ranges | None) -> dict[str, jax.Array]:
 
 def _outer_ranges(ranges: Ranges | None) -> dict[str, jax.Array]:
     return {site: value for site, value in (ranges or {}).items() if site == "head"}
-
-
-def remat_policy(name: str) -> Callable[[Any], Any]:
-    """A wrapper of the scanned block by name."""
-    if name not in REMAT:
-        raise ConfigError(f"train.remat: got '{name}', expected one of {sorted(REMAT)}")
-    return REMAT[name]
-
-
-def _checkpoint(policy: Any) -> Callable[[Any], Any]:
-    return lambda fn: jax.checkpoint(fn, policy=policy, prevent_cse=False)
-
-
-REMAT: dict[str, Callable[[Any], Any]] = {
-    "none": lambda fn: fn,
-    "dots": _checkpoint(jax.checkpoint_policies.save_only_these_names("product")),
-    "names": _checkpoint(jax.checkpoint_policies.save_only_these_names("attn_out", "mlp_hidden")),
-    "full": _checkpoint(jax.checkpoint_policies.nothing_saveable),
-}

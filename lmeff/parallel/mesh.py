@@ -25,6 +25,7 @@ from lmeff.core.batch import Batch
 from lmeff.core.errors import ConfigError
 from lmeff.core.specs import ParamSpec
 from lmeff.core.tree import Tree, flatten, owner
+from lmeff.parallel.devices import arrange
 from lmeff.parallel.order import CHUNKS, token_order
 
 AXES = ("dcn", "data", "fsdp", "pipe", "expert", "context", "tensor")  # outermost first
@@ -156,13 +157,18 @@ class Layout:
         """Whether there is nothing to place."""
         return self.mesh.size == 1
 
+    @property
+    def platform(self) -> str:
+        """The kind of the devices: "cpu", "gpu" or "tpu". Of those that are compiled for, which need not be of this machine."""
+        return self.mesh.devices.flat[0].platform
+
     def layers_at_once(self, remat: str) -> int:
         """How many layers a scan should run in one turn of its loop: one, or on a single CPU device up to eight.
 
         A turn's end copies all that the backward pass needs into a stack: a sixth of a CPU's step. Rematerialisation relies on the loop to keep
         XLA from merging it away, and on several devices the loop keeps programs small and their collectives once a layer.
         """
-        alone = self.single and self.mesh.devices.flat[0].platform == "cpu"
+        alone = self.single and self.platform == "cpu"
         return 8 if alone and remat == "none" else 1
 
     def partition(self, letters: str, shape: Sequence[int] | None = None) -> P:
@@ -202,30 +208,37 @@ class Layout:
         partition = self.partition(letters, x.shape)
         return jax.lax.with_sharding_constraint(x, partition if self.manual else NamedSharding(self.mesh, partition))
 
-    def on_shards(self, fn: Callable[..., Any], inputs: Sequence[Any], outputs: Any) -> Callable[..., Any]:
+    def on_shards(
+        self, fn: Callable[..., Any], inputs: Sequence[Any], outputs: Any, *, checked: bool = True
+    ) -> Callable[..., Any]:
         """Runs `fn` on each device's shards: purely local code, or code that names its collectives.
 
         `inputs` are letters; `outputs` letters or a pytree of them. A sum inside `fn` that is to be differentiated must be right both with and
-        without JAX's checks of what varies over the mesh: inside an outer `jax.shard_map` they are off.
+        without JAX's checks of what varies over the mesh: inside an outer `jax.shard_map` they are off, and where not `checked`.
         """
-        return self.on_parts(fn, jax.tree.map(self.partition, tuple(inputs)), jax.tree.map(self.partition, outputs))
+        inside, outside = jax.tree.map(self.partition, tuple(inputs)), jax.tree.map(self.partition, outputs)
+        return self.on_parts(fn, inside, outside, checked=checked)
 
-    def on_parts(self, fn: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
+    def on_parts(
+        self, fn: Callable[..., Any], inputs: Any, outputs: Any, *, checked: bool = True
+    ) -> Callable[..., Any]:
         """The same with partitions for letters; axes that are manual already are left out of them."""
-        if not self._names:
+        # On TPUs every axis, also those of size 1: a Pallas kernel must not leave any of them to XLA.
+        axes = set(self.mesh.axis_names) - set(self.manual) if self.platform == "tpu" else self._names
+        if self.single or not axes:
             return fn
         return jax.shard_map(
             fn,
             mesh=None if self.manual else self.mesh,
-            in_specs=restrict(inputs, self._names),
-            out_specs=restrict(outputs, self._names),
-            axis_names=self._names,
-            check_vma=not self.manual,
+            in_specs=restrict(inputs, axes),
+            out_specs=restrict(outputs, axes),
+            axis_names=axes,
+            check_vma=checked and not self.manual,
         )
 
     def after(self, x: jax.Array, earlier: jax.Array) -> jax.Array:
         """`x`, on CPUs not before `earlier`, which lies alike: collective permutes have no names there, and two at a time may take each other's messages."""
-        if self.mesh.devices.flat[0].platform != "cpu":
+        if self.platform != "cpu":
             return x
         # Zeros that XLA cannot know to be zeros; barriers it takes away, and for a single number it would gather all.
         return x + jnp.minimum(jnp.abs(earlier), 0).astype(x.dtype)
@@ -261,13 +274,10 @@ def restrict(cuts: Any, axes: Collection[str]) -> Any:
 
 
 def make_layout(plan: MeshPlan, devices: Sequence[Any] | None = None) -> Layout:
-    """The layout of a plan on these devices (default: all)."""
+    """The layout of a plan on these devices (default: all): real, simulated, or of a topology that is only compiled for."""
     devices = list(devices if devices is not None else jax.devices())
     degrees = plan.degrees(len(devices))
-    mesh = jax.make_mesh(
-        tuple(degrees[axis] for axis in AXES), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES)
-    )
-    return Layout(mesh, plan)
+    return Layout(Mesh(arrange(devices, degrees), AXES, axis_types=(AxisType.Auto,) * len(AXES)), plan)
 
 
 def plan_layout(plan: MeshPlan, devices: int) -> Layout:

@@ -111,12 +111,16 @@ class Reducer(NamedTuple):
     apply: Callable[[Region, Any, Any, jax.Array], tuple[Any, Any]]
 
 
-def _exact(region: Region, grads: Any, state: Any, step: jax.Array) -> tuple[Any, Any]:
-    own = functools.partial(reduce, cuts=region.cuts, axes=region.axes)
-    return region.layout.on_parts(own, (region.cuts,), region.cuts)(grads), state
+def _exact(region: Region, grads: Any) -> Any:
+    summed = functools.partial(reduce, cuts=region.cuts, axes=region.axes)
+    return region.layout.on_parts(summed, (region.cuts,), region.cuts)(grads)
 
 
-EXACT = Reducer(init=lambda region, trainable: None, cuts=lambda region, state: None, apply=_exact)
+EXACT = Reducer(
+    init=lambda region, trainable: None,
+    cuts=lambda region, state: None,
+    apply=lambda region, grads, state, step: (_exact(region, grads), state),
+)
 
 
 class Kept(NamedTuple):

@@ -42,11 +42,13 @@ def _attend(
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
         if not context:
-            return attention(q, k, v, segments_BT=segments, window=window, softcap=softcap)
+            return attention(q, k, v, segments_BT=segments, window=window, softcap=softcap, platform=layout.platform)
         where = {"axis": context[0], "devices": layout.size(context)}
         return context_attention(layout.plan.sequence, q, k, v, segments, Mask(window, softcap), **where)
 
-    call = layout.on_shards(local, ("BSHC", "BSKC", "BSKC", "BS"), "BSHC")
+    # A Pallas kernel does not say what its results vary over.
+    checked = bool(context) or layout.platform != "tpu"
+    call = layout.on_shards(local, ("BSHC", "BSKC", "BSKC", "BS"), "BSHC", checked=checked)
     return call(q_BTHC, k_BSKC, v_BSKC, segments_BT)
 
 

@@ -16,7 +16,8 @@ from lmeff.core.dims import split_einsum
 from lmeff.core.ops import Einsum, MakeOps, plain_einsum
 from lmeff.core.tree import flatten, select, unflatten
 from lmeff.models.config import ModelConfig
-from lmeff.models.transformer import block, cast_floating, kept_sums, param_specs, remat_policy
+from lmeff.models.remat import parse, wrapper
+from lmeff.models.transformer import block, cast_floating, kept_sums, param_specs, sites
 
 Arrays = dict[str, jax.Array]
 
@@ -206,7 +207,7 @@ def _differentiate(model: SliceModel, products: Products, layer: Slice, x_BTD: j
         return run_layer(model, layer._replace(blocks=_join(matrices, others)), x, batch, product), inputs
 
     taps = {site: jnp.zeros(out.shape, out.dtype) for site, out in products.outputs.items()}
-    out, pull, inputs = jax.vjp(remat_policy(model.remat)(run), x_BTD, others, taps, has_aux=True)
+    out, pull, inputs = jax.vjp(wrapper(parse(model.remat, sites(model.cfg)))(run), x_BTD, others, taps, has_aux=True)
     return out, jax.tree.flatten(pull), inputs
 
 

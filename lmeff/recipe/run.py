@@ -14,9 +14,11 @@ from lmeff.config.validate import validate
 from lmeff.core.errors import CheckpointError, DataError
 from lmeff.core.extras import require
 from lmeff.core.files import write_text
+from lmeff.core.precision import parse
 from lmeff.data.loader import Corpus, build
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
+from lmeff.parallel.leaves import leaf_table, warn
 from lmeff.parallel.mesh import make_layout
 from lmeff.parallel.processes import leads, refuse_unjoined, same, sync
 from lmeff.recipe.artifact import Artifact, load, save
@@ -80,6 +82,8 @@ def open_workshop(
     mesh = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     console.print(f"mesh: {mesh} on {jax.devices()[0].device_kind}{processes}", highlight=False, soft_wrap=True)
+    for cfg in dict.fromkeys(shapes.values()):
+        warn(leaf_table(param_specs(cfg), layout, parse(experiment.precision).params), console)
     return Workshop(
         experiment=experiment, shapes=shapes, corpus=corpus, layout=layout, directory=directory, resume=resume
     )

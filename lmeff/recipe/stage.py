@@ -21,6 +21,7 @@ from lmeff.data.loader import Corpus
 from lmeff.distill.objectives import Distill, Projection, head_objective
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
+from lmeff.parallel.activations import choose
 from lmeff.parallel.compressed import make_reducer
 from lmeff.parallel.mesh import Layout, own_rows, shardings
 from lmeff.recipe.artifact import Artifact, Recipe
@@ -30,7 +31,7 @@ from lmeff.train.loop import Cost, Job, train
 from lmeff.train.metrics import read_metrics
 from lmeff.train.optim import OptimConfig, learning_rate_at, make_optimizer
 from lmeff.train.progress import Progress
-from lmeff.train.state import Trainable, TrainState, create_state
+from lmeff.train.state import TrainState, create_state, with_compression
 from lmeff.train.step import Frozen, Model, Runtime, begin
 
 Artifacts = Mapping[str, Artifact]
@@ -185,10 +186,11 @@ def _trained(
     teacher = earlier[stage.distill.teacher] if stage.distill else None
     optim, steps = stage.optim or shop.experiment.optim, shop.experiment.steps(stage)
     rt = runtime(shop, start, optim, steps, stage.distill, teacher)
-    state = create_state(start.params, rt.specs, rt.compression, rt.tx, shop.layout, ema=rt.ema is not None)
+    state = create_state(
+        start.params, rt.specs, rt.compression, rt.tx, shop.layout, ema=rt.ema is not None, offload=rt.offload
+    )
     if start.state is not None:
-        trainable = Trainable(state.trainable.params, start.state.trainable)
-        state = state._replace(trainable=trainable, auxiliary=start.state.auxiliary)
+        state = with_compression(state, start.state)
     state = begin(rt, state)
     frozen = Frozen(ranges=start.ranges)
     if teacher is not None:
@@ -232,6 +234,7 @@ def runtime(
     specs = param_specs(start.cfg)
     compression = start.recipe.compression
     projection = Projection(start.cfg, start.recipe.numerics)
+    rows = config.batch // config.accumulate
     teacher_model = None if teacher is None else Model(teacher.cfg, teacher.recipe.numerics)
     teacher_head = None if teacher is None else Projection(teacher.cfg, teacher.recipe.numerics)
     return Runtime(
@@ -244,11 +247,12 @@ def runtime(
         layout=shop.layout,
         policy=shop.policy,
         accumulate=config.accumulate,
-        remat=config.remat,
+        remat=choose(config.remat, start.cfg, shop.layout, rows, shop.experiment.data.sequence, shop.policy.compute),
         ema=optim.ema,
         reducer=make_reducer(config.reduce, specs),
         local=config.local,
         steps=steps,
+        offload=optim.offload,
     )
 
 

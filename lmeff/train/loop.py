@@ -35,7 +35,7 @@ class TrainConfig:
 
     batch:            rows of the global batch, of `data.sequence` tokens each.
     accumulate:       microbatches a step; the gradient is reduced once.
-    remat:            what the backward pass keeps: "none", "dots", "names" or "full" (see `models.transformer.forward`).
+    remat:            what the backward pass keeps: none, dots, names, full, save:NAME,..., offload:NAME,... or budget:SIZE (see `models.remat`).
     log_every:        steps between metric lines.
     eval_every:       steps between held-out losses during training; None takes none.
     checkpoint_every: steps between checkpoints; None saves only at the end.

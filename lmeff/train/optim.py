@@ -29,6 +29,7 @@ class OptimConfig:
     weight_decay:   decoupled and times the learning rate, on matrices only (not on norms, biases and learned scales).
     clip_norm:      global gradient norm is clipped to this; None does not clip.
     ema:            decay of an exponential moving average of the parameters, which is then what the stage gives; None keeps none.
+    offload:        the optimizer's moments lie in the host's memory between steps: device memory for time on the bus.
     """
 
     name: str = "adamw"
@@ -42,6 +43,7 @@ class OptimConfig:
     eps: float = 1e-8
     clip_norm: float | None = 1.0
     ema: float | None = None
+    offload: bool = False
 
     def __post_init__(self) -> None:
         """Refuses names and values that do not exist."""

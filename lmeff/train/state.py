@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from lmeff.compress.base import Compression, State
+from lmeff.core.batch import Batch
+from lmeff.core.specs import abstract
 from lmeff.core.tree import Tree
+from lmeff.models.remat import HOST
+from lmeff.parallel.activations import refuse_without_host_memory
 from lmeff.parallel.mesh import Layout, shardings
 
 
@@ -57,16 +61,62 @@ def build_state(
     """A fresh state around `params`. Pure: runs under `jax.eval_shape` and `jax.jit`."""
     made = compression.init(params, specs)
     trainable = Trainable(params, made.trainable)
-    average = jax.tree.map(lambda x: x.astype(jnp.float32), trainable) if ema else None
+    average = _average(trainable) if ema else None
     return TrainState(trainable, tx.init(trainable), made.auxiliary, average, jnp.int32(0))
 
 
-def state_shardings(state: TrainState, specs: Tree, layout: Layout) -> Any:
-    """Where every leaf of a state lies; the optimizer's and the average by the stage of ZeRO."""
+def _average(trainable: Trainable) -> Trainable:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
+
+
+def with_compression(state: TrainState, compression: State) -> TrainState:
+    """A fresh state that goes on with the compression's state of an earlier one."""
+    trainable = state.trainable._replace(compression=compression.trainable)
+    ema = None if state.ema is None else _average(trainable)
+    return state._replace(trainable=trainable, auxiliary=compression.auxiliary, ema=ema)
+
+
+def state_shardings(state: TrainState, specs: Tree, layout: Layout, *, offload: bool = False) -> Any:
+    """Where every leaf of a state lies; the optimizer's and the average by the stage of ZeRO.
+
+    offload: the optimizer's arrays (its moments) lie in the host's memory between steps, cut in the same way.
+    """
     placed = state._replace(opt=None, ema=None)
     owned = TrainState(None, state.opt, None, state.ema, None)  # type: ignore[arg-type]
     own, rest = shardings(owned, specs, layout.of_optimizer), shardings(placed, specs, layout)
-    return rest._replace(opt=own.opt, ema=own.ema)
+    opt = on_host(state.opt, own.opt) if offload else own.opt
+    return rest._replace(opt=opt, ema=own.ema)
+
+
+def on_host(tree: Any, places: Any) -> Any:
+    """Shardings with every array moved to the host's memory; scalars (counters) stay on the device."""
+    return jax.tree.map(lambda x, place: place.with_memory_kind(HOST) if x.ndim else place, tree, places)
+
+
+def abstract_state(
+    specs: Tree,
+    compression: Compression,
+    tx: optax.GradientTransformation,
+    layout: Layout,
+    *,
+    dtype: Any = jnp.float32,
+    ema: bool = False,
+    offload: bool = False,
+) -> TrainState:
+    """The state as shapes with shardings, to compile a step for devices that are not here; nothing is allocated."""
+    made = jax.eval_shape(lambda p: build_state(p, specs, compression, tx, ema=ema), abstract(specs, dtype))
+    places = state_shardings(made, specs, layout, offload=offload)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), made, places)
+
+
+def abstract_batch(rows: int, tokens: int, layout: Layout) -> Batch:
+    """A batch [B, T] as shapes with shardings, to compile for."""
+
+    def leaf(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((rows, tokens), dtype, sharding=layout.sharding("BS", (rows, tokens)))
+
+    ids = leaf(jnp.int32)
+    return Batch(ids, ids, ids, ids, leaf(jnp.float32))
 
 
 def with_shardings(tree: Any, specs: Tree, layout: Layout) -> Any:
@@ -84,12 +134,15 @@ def create_state(
     layout: Layout,
     *,
     ema: bool,
+    offload: bool = False,
 ) -> TrainState:
     """A state around `params` (host or device arrays), every leaf born with its sharding."""
+    if offload:
+        refuse_without_host_memory(layout, "optim.offload: got True")
 
     def build(params: Any) -> TrainState:
         return build_state(params, specs, compression, tx, ema=ema)
 
-    out = state_shardings(jax.eval_shape(build, params), specs, layout)
+    out = state_shardings(jax.eval_shape(build, params), specs, layout, offload=offload)
     placed = jax.device_put(params, shardings(params, specs, layout))
     return jax.jit(build, out_shardings=out)(placed)

@@ -32,10 +32,11 @@ from lmeff.parallel.slices import Slice, SliceModel
 from lmeff.parallel.stages import layer_table, layers_present, take_layers
 from lmeff.parallel.stash import STASHES
 from lmeff.parallel.tables import Schedule
+from lmeff.parallel.tiles import pinned, row_major
 from lmeff.train.local_updates import LocalUpdates, by_workers, spread, spread_shardings
 from lmeff.train.loss_scale import PATIENCE, current_scale, find
 from lmeff.train.optim import ema_update
-from lmeff.train.state import Trainable, TrainState, state_shardings
+from lmeff.train.state import Trainable, TrainState, on_host, state_shardings
 
 Metrics = dict[str, jax.Array]
 
@@ -62,6 +63,7 @@ class Model(NamedTuple):
             remat=remat,
             unroll=layout.layers_at_once(remat),
             scan=layer_scan(layout),
+            enter=functools.partial(pinned, layout),
             compute_dtype=policy.compute,
             output_dtype=policy.output,
         )
@@ -85,6 +87,7 @@ class Runtime:
     accumulate: int = 1
     remat: str = "none"
     ema: float | None = None
+    offload: bool = False
     reducer: Reducer = EXACT
     local: LocalUpdates | None = None
     steps: int = 0
@@ -138,12 +141,13 @@ def make_train_step(rt: Runtime) -> Callable[[TrainState, Batch, Frozen], tuple[
 
 def advance(rt: Runtime, state: TrainState, batch: Batch, frozen: Frozen) -> tuple[TrainState, Metrics]:
     """One step of one model."""
+    state = move_moments(rt, state, to_host=False)
     scaled, scale = find(state.opt) is not None, current_scale(state.opt)
     kept = Kept(state.reduction, state.step)
     grads, sums, reduction = gradients(rt, state.trainable, state.auxiliary, batch, frozen, scale, kept)
     if scaled:
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads)
-    grads = place_gradients(rt, grads)
+    grads = row_major(place_gradients(rt, grads), rt.specs, rt.layout)
     updates, opt = rt.tx.update(grads, state.opt, state.trainable)
     trainable: Any = optax.apply_updates(state.trainable, updates)
     auxiliary = rt.compression.update(
@@ -152,7 +156,21 @@ def advance(rt: Runtime, state: TrainState, batch: Batch, frozen: Frozen) -> tup
     ema = None if rt.ema is None else ema_update(state.ema, trainable, rt.ema)
     metrics = {**sums, "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
     made = TrainState(trainable, opt, auxiliary, ema, state.step + 1, reduction)
-    return skip_overflow(state, made, metrics) if scaled else (made, metrics)
+    if scaled:
+        made, metrics = skip_overflow(state, made, metrics)
+    return move_moments(rt, made, to_host=True), metrics
+
+
+def move_moments(rt: Runtime, state: TrainState, *, to_host: bool) -> TrainState:
+    """Where the optimizer's state is offloaded: its arrays to the host's memory, or to the device's."""
+    if not rt.offload:
+        return state
+    places = shardings(state.opt, rt.specs, rt.layout.of_optimizer)
+    if to_host:
+        places = on_host(state.opt, places)
+    else:
+        places = jax.tree.map(lambda place: place.with_memory_kind("device"), places)
+    return state._replace(opt=jax.device_put(state.opt, places))
 
 
 def place_gradients(rt: Runtime, grads: Trainable) -> Trainable:

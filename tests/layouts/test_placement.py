@@ -78,7 +78,8 @@ def test_fsdp_gathers_the_layer_in_the_loop_and_reduces_it_there():
     layer = [shape[1:] for shape, _ in _matrices(run(FSDP8, "plain"))]
     for backward in (False, True):
         inside = [c for c in moved(found, "all-gather", loop=True) if ("transpose" in c.origin) == backward]
-        gathered = sorted(math.prod(s) for c in inside for s in c.shapes if math.prod(s) > WEIGHT)
+        rows = (8, 64)  # of a chunk of the loss, gathered for all parts of the vocabulary
+        gathered = sorted(math.prod(s) for c in inside for s in c.shapes if math.prod(s) > WEIGHT and s != rows)
         assert gathered == sorted(map(math.prod, layer))
         assert all(c.groups == groups_over(FSDP8, "fsdp") for c in inside)
     reduced = [c for c in found if c.kind in ("all-reduce", "reduce-scatter") and c.loop]

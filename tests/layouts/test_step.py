@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from lmeff.core.batch import Batch
-from lmeff.models.transformer import REMAT, block, remat_policy
+from lmeff.models.remat import FIXED, parse, wrapper
+from lmeff.models.transformer import block, sites
 from lmeff.parallel.region import Kept
 from lmeff.parallel.seam import layout_ops
 from lmeff.train.step import gradients, make_train_step
@@ -44,7 +45,7 @@ def policies():
     """`{policy: (gradients, temporary bytes)}` of a deeper model on one device."""
     mesh = Mesh(model="deep")
     found = {}
-    for policy in REMAT:
+    for policy in (*FIXED, "save:attn_out,attn.q", "offload:attn_out,mlp_hidden"):
         rt = make_runtime(dataclasses.replace(mesh, remat=policy), "plain")
         state, batch, frozen = make_inputs(rt, mesh, rows=64)
 
@@ -81,7 +82,9 @@ def kept(policy):
 
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
-        jax.ad_checkpoint.print_saved_residuals(remat_policy(policy)(fn), p, jnp.ones((rows, length, cfg.width)))
+        jax.ad_checkpoint.print_saved_residuals(
+            wrapper(parse(policy, sites(cfg)))(fn), p, jnp.ones((rows, length, cfg.width))
+        )
     lines = [line for line in text.getvalue().splitlines() if "from the argument" not in line]
     found = [re.match(r"\w+\[([\d,]+)\]", line) for line in lines if line.startswith("f32")]
     return sorted(math.prod(map(int, match.group(1).split(","))) for match in found if match)

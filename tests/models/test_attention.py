@@ -45,7 +45,7 @@ def value_and_gradients(fn, q, k, v, segments, mask):
 def test_equals_the_oracle(name, form, monkeypatch):
     monkeypatch.setattr(attn, "TILE", 32)
     forms = {
-        "short": attn.FORMS["any", "short"],
+        "short": attn.FORMS["panels"],
         "long": attn._blocked(attn._tile_forward, attn._tile_backward, 32),
     }
     rows, length, heads, kv_heads, mask = CASES[name]
@@ -59,7 +59,7 @@ def test_equals_the_oracle(name, form, monkeypatch):
 
 def test_padding_gives_zeros_and_no_gradient():
     q, k, v, segments = inputs(1, 24, 2, 1)
-    out, grads = value_and_gradients(attn.FORMS["any", "short"], q, k, v, segments, attn.Mask(None, None))
+    out, grads = value_and_gradients(attn.FORMS["panels"], q, k, v, segments, attn.Mask(None, None))
     padding = np.asarray(segments[0]) == 0
     assert (np.asarray(out)[0, padding] == 0).all()
     assert all(np.isfinite(g).all() and (np.asarray(g)[0, padding] == 0).all() for g in grads)
@@ -87,7 +87,7 @@ def test_long_rows_need_no_square_of_scores():
 
 @pytest.mark.parametrize("form", ["short", "long"])
 def test_inside_shards(form):
-    fn = attn.FORMS["any", form] if form == "short" else attn._blocked(attn._tile_forward, attn._tile_backward, 256)
+    fn = attn.FORMS["panels"] if form == "short" else attn._blocked(attn._tile_forward, attn._tile_backward, 256)
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     args = inputs(4, 64, 4, 2)
     mask = attn.Mask(None, None)

@@ -14,7 +14,7 @@ from lmeff.core.specs import abstract, count, initialize
 from lmeff.core.tree import flatten, map_with_path
 from lmeff.models.attention import attention
 from lmeff.models.config import PRESETS, ModelConfig, MoE, preset
-from lmeff.models.transformer import forward, param_specs, project, remat_policy, sites
+from lmeff.models.transformer import forward, param_specs, project, sites
 from tests.models import oracle
 
 T = 12
@@ -194,5 +194,3 @@ def test_bad_shapes_are_refused(message):
 def test_bad_names_are_refused():
     with pytest.raises(ConfigError, match="expected one of"):
         preset("huge")
-    with pytest.raises(ConfigError, match=r"train\.remat: got 'some'"):
-        remat_policy("some")

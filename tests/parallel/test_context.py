@@ -153,7 +153,7 @@ def test_moves_what_the_formula_says(form, context, tensor, window, sends):
 def test_scores_and_all_else_of_a_device_are_an_eighth():
     """Scores of a ring's device are tiles of its chunks; a device alone, at this length, sees panels of a block against the whole row."""
     args, scores, memory = inputs(1024, 4, 2, width=12), {}, {}
-    whole = functools.partial(attn.FORMS["any", "short"], mask=Mask(None, None))
+    whole = functools.partial(attn.FORMS["panels"], mask=Mask(None, None))
     for name, fn in (("one", whole), ("eight", sharded("ring", 8, 1, Mask(None, None)))):
         compiled = jax.jit(with_gradients(fn)).lower(*args).compile(UNOPTIMIZED)
         shapes = [tuple(int(n) for n in dims.split(",")) for dims in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())]

@@ -1,0 +1,80 @@
+"""Train steps compiled for TPUs that are not here."""
+
+import functools
+import importlib.util
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lmeff.compress.config import build
+from lmeff.core.precision import parse
+from lmeff.distill.objectives import Projection, head_objective
+from lmeff.models.config import ModelConfig
+from lmeff.models.transformer import param_specs
+from lmeff.parallel.devices import topology
+from lmeff.parallel.mesh import make_layout
+from lmeff.train.optim import OptimConfig, make_optimizer
+from lmeff.train.state import abstract_batch, abstract_state
+from lmeff.train.step import Frozen, Model, Runtime, make_train_step
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'lmeff[tpu]'"
+)
+
+CFG = ModelConfig(vocab=2048, width=256, layers=4, heads=4, kv_heads=4, ffn=1024, tied=False)
+TOKENS = 256
+MIXED = parse("params=float32,compute=bfloat16,output=bfloat16,state=float32")
+
+
+def make_runtime(layout, cfg=CFG, remat="full", offload=False):
+    specs, compression = param_specs(cfg), build(())
+    return Runtime(
+        student=Model(cfg),
+        teacher=None,
+        specs=specs,
+        compression=compression,
+        objective=head_objective(Projection(cfg)),
+        tx=make_optimizer(OptimConfig(offload=offload), 100, policy=MIXED, specs=specs),
+        layout=layout,
+        policy=MIXED,
+        remat=remat,
+        offload=offload,
+    )
+
+
+@functools.cache
+def compiled(name, plan, rows, remat="full", offload=False):
+    """(the state's shapes and shardings, the compiled step) of a plan on a topology."""
+    layout = make_layout(plan, topology(name))
+    rt = make_runtime(layout, remat=remat, offload=offload)
+    state = abstract_state(rt.specs, rt.compression, rt.tx, layout, offload=offload)
+    out = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(make_train_step(rt), donate_argnums=0, out_shardings=(out, None))
+    return state, step.lower(state, abstract_batch(rows, TOKENS, layout), Frozen()).compile()
+
+
+def shard_bytes(x):
+    """Bytes of a leaf on one device."""
+    return jnp.dtype(x.dtype).itemsize * math.prod(x.sharding.shard_shape(x.shape))
+
+
+ITEM = {"f32": 4, "s32": 4, "bf16": 2}
+
+
+def arguments(text):
+    """(dtype, shape, stored bytes) of each argument on one chip, from the program's text: `f32[4,64,256]{2,1,0:T(8,128)}` is stored in tiles."""
+    entry = re.search(r"entry_computation_layout=\{\((.*?)\)->", text).group(1)
+    found = []
+    for dtype, dims, order, tile in re.findall(r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::T\(([\d,]+)\)[^}]*)?\})?", entry):
+        shape = tuple(int(n) for n in dims.split(",") if n)
+        stored = [shape[int(i)] for i in reversed(order.split(",")) if i] or [
+            1
+        ]  # outermost first; a scalar fills a tile
+        for i, size in enumerate(reversed([int(n) for n in tile.split(",") if n]), 1):
+            if i <= len(stored):
+                stored[-i] = -(-stored[-i] // size) * size
+        found.append((dtype, shape, ITEM[dtype] * math.prod(stored)))
+    return found

@@ -1,0 +1,119 @@
+"""Train steps of four layers, compiled for real TPU topologies: bytes of arguments, collectives, and nothing large left whole."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmeff.models.transformer import param_specs
+from lmeff.parallel.devices import topology
+from lmeff.parallel.hlo import collectives
+from lmeff.parallel.leaves import LARGE, leaf_table
+from lmeff.parallel.mesh import AXES, MeshPlan, make_layout
+from lmeff.train.state import abstract_batch
+from tests.tpu.programs import CFG, TOKENS, arguments, compiled, needs_libtpu, shard_bytes
+
+pytestmark = [pytest.mark.tpu_aot, pytest.mark.slow, needs_libtpu]
+
+
+class Case(NamedTuple):
+    """A plan on a topology, and the collectives that its step must have: kind, axes, whether a loop over layers repeats it."""
+
+    topology: str
+    plan: MeshPlan
+    rows: int
+    expected: tuple[tuple[str, tuple[str, ...], bool], ...]
+
+
+GATHERED = ("all-gather", ("fsdp",), True)  # a layer's weights
+TURNED = ("all-to-all", ("fsdp",), False)  # embedded rows, and the head from a part of D to a part of V
+STREAM = ("all-gather", ("tensor",), True)  # the residual stream on its way into a sublayer
+
+CASES = {
+    "v5e, fsdp x tensor": Case("v5e:4x4", MeshPlan(fsdp=4, tensor=4), 8, (GATHERED, TURNED, STREAM)),
+    # A place for the pipeline: pipe x fsdp x tensor on this topology.
+    "v5p, fsdp x tensor": Case("v5p:4x4x4", MeshPlan(fsdp=16, tensor=4), 16, (GATHERED, TURNED, STREAM)),
+    "two slices of v5e, dcn x fsdp": Case("v5e:4x4:2", MeshPlan(dcn=2, fsdp=16), 32, (GATHERED, TURNED)),
+    "v6e, context x tensor": Case("v6e:4x4", MeshPlan(context=4, tensor=4), 4, (STREAM,)),
+}
+
+
+def program(name):
+    case = CASES[name]
+    return case, *compiled(case.topology, case.plan, case.rows)
+
+
+def groups_over(layout, axes):
+    """The groups of positions in the mesh that a collective over these axes joins."""
+    shape = [layout.mesh.shape[axis] for axis in AXES]
+    own = [AXES.index(axis) for axis in axes]
+    moved = np.moveaxis(np.arange(math.prod(shape)).reshape(shape), own, range(-len(own), 0))
+    rows = moved.reshape(-1, math.prod(shape[i] for i in own))
+    return frozenset(frozenset(map(int, row)) for row in rows)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_arguments_are_the_shards_of_state_and_batch(name):
+    case, state, step = program(name)
+    layout = make_layout(case.plan, topology(case.topology))
+    given = jax.tree.leaves((state, abstract_batch(case.rows, TOKENS, layout)))
+    found = arguments(step.as_text())
+    assert sorted(shape for _, shape, _ in found) == sorted(x.sharding.shard_shape(x.shape) for x in given)
+    memory = step.memory_analysis()
+    assert memory.argument_size_in_bytes == sum(size for _, _, size in found), (
+        "its own part, in tiles, and nothing else"
+    )
+    assert memory.alias_size_in_bytes >= sum(shard_bytes(x) for x in jax.tree.leaves(state)), (
+        "the state is donated whole"
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_collectives_and_the_kernel(name):
+    case, _, step = program(name)
+    text, layout = step.as_text(), make_layout(case.plan, topology(case.topology))
+    found = {(c.kind, c.groups, c.loop) for c in collectives(text)}
+    for kind, axes, loop in case.expected:
+        assert (kind, groups_over(layout, axes), loop) in found, (kind, axes, loop)
+    assert text.count('custom_call_target="tpu_custom_call"') == 4, (
+        "forward, again for the backward pass, and two gradients"
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_large_lies_whole_where_it_should_be_cut(name):
+    case, state, _ = program(name)
+    layout = make_layout(case.plan, topology(case.topology))
+    assert not [leaf.warning for leaf in leaf_table(param_specs(CFG), layout) if leaf.warning]
+    ways = layout.size(("fsdp", "tensor"))
+    leaves: Any = jax.tree_util.tree_leaves_with_path(state)
+    large = [(path, x) for path, x in leaves if math.prod(x.shape) * jnp.dtype(x.dtype).itemsize > LARGE]
+    assert len(large) > 20
+    for path, x in large:
+        assert shard_bytes(x) * ways == math.prod(x.shape) * jnp.dtype(x.dtype).itemsize, jax.tree_util.keystr(path)
+
+
+def test_slices_exchange_gradients_alone():
+    """Within a slice weights are gathered; over the network between slices go sums, and no collective of the chips spans both."""
+    _, _, step = program("two slices of v5e, dcn x fsdp")
+    text = step.as_text()
+    kinds = {
+        line.split('_xla_megascale_reduce_operation="')[1].split('"')[0]
+        for line in text.splitlines()
+        if "_xla_megascale_reduce_operation" in line
+    }
+    assert kinds == {"SUM"}
+    for c in collectives(text):
+        assert all(len({position // 16 for position in group}) == 1 for group in c.groups)
+
+
+def test_offloaded_moments_are_arguments_in_the_host_memory():
+    case = CASES["v5e, fsdp x tensor"]
+    state, step = compiled(case.topology, case.plan, case.rows, offload=True)
+    moments = sum(shard_bytes(x) for x in jax.tree.leaves(state.opt) if x.ndim)
+    memory = step.memory_analysis()
+    assert memory.host_argument_size_in_bytes == moments
+    assert memory.host_alias_size_in_bytes == moments
