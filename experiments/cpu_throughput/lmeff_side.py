@@ -17,8 +17,8 @@ from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import MeshPlan, make_layout
 from lmeff.train.loop import compile_step, place_batch
 from lmeff.train.optim import make_optimizer
+from lmeff.train.runtime import Frozen, Model, Runtime
 from lmeff.train.state import create_state
-from lmeff.train.step import Frozen, Model, Runtime
 
 
 def initial_weights(shape: Shape) -> dict[str, np.ndarray]:

@@ -27,8 +27,8 @@ from lmeff.parallel.devices import topology
 from lmeff.parallel.mesh import MeshPlan, make_layout
 from lmeff.train.loop import compile_step
 from lmeff.train.optim import OptimConfig, make_optimizer
+from lmeff.train.runtime import Frozen, Model, Runtime
 from lmeff.train.state import abstract_batch, abstract_state
-from lmeff.train.step import Frozen, Model, Runtime
 
 BARS = {"v5e:4x4": 6.1, "v5p:4x4x4": 5.2, "v5e:16x16": 5.1}  # GiB of temporaries a chip
 TOKENS = 4096

@@ -18,7 +18,8 @@ from lmeff.core.ops import Numerics, recording
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import View, forward, identity_view
 from lmeff.parallel.layers import layer_scan
-from lmeff.parallel.mesh import Layout, place_batch
+from lmeff.parallel.mesh import Layout
+from lmeff.parallel.rows import place_batch
 from lmeff.parallel.seam import layout_ops
 
 BISECTIONS = 32  # halvings of a range when a percentile is sought: down to the spacing of float32

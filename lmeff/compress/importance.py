@@ -20,7 +20,8 @@ from lmeff.core.tree import flatten
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import forward, param_specs
 from lmeff.parallel.layers import layer_scan
-from lmeff.parallel.mesh import Layout, place_batch
+from lmeff.parallel.mesh import Layout
+from lmeff.parallel.rows import place_batch
 from lmeff.parallel.seam import layout_ops
 
 

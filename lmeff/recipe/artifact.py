@@ -16,8 +16,8 @@ from lmeff.models.config import ModelConfig, read
 from lmeff.models.transformer import identity_view, param_specs
 from lmeff.parallel.mesh import Layout
 from lmeff.train.checkpoint import Checkpointer
+from lmeff.train.runtime import Model
 from lmeff.train.state import with_shardings
-from lmeff.train.step import Model
 
 
 @dataclass(frozen=True, kw_only=True)

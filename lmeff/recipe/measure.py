@@ -10,7 +10,8 @@ import numpy as np
 from lmeff.core.batch import Batch
 from lmeff.core.precision import Policy
 from lmeff.data.loader import Dataset
-from lmeff.parallel.mesh import Layout, place_batch
+from lmeff.parallel.mesh import Layout
+from lmeff.parallel.rows import place_batch
 from lmeff.recipe.artifact import Artifact
 from lmeff.train.evaluate import DocumentLosses, document_losses, make_eval_step
 

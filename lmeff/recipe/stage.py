@@ -23,7 +23,8 @@ from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.activations import choose
 from lmeff.parallel.compressed import make_reducer
-from lmeff.parallel.mesh import Layout, own_rows, shardings
+from lmeff.parallel.mesh import Layout, shardings
+from lmeff.parallel.rows import own_rows
 from lmeff.recipe.artifact import Artifact, Recipe
 from lmeff.recipe.measure import held_out
 from lmeff.train.evaluate import make_eval_step
@@ -31,8 +32,9 @@ from lmeff.train.loop import Cost, Job, train
 from lmeff.train.metrics import read_metrics
 from lmeff.train.optim import OptimConfig, learning_rate_at, make_optimizer
 from lmeff.train.progress import Progress
+from lmeff.train.runtime import Frozen, Model, Runtime
 from lmeff.train.state import TrainState, create_state, with_compression
-from lmeff.train.step import Frozen, Model, Runtime, begin
+from lmeff.train.step import begin
 
 Artifacts = Mapping[str, Artifact]
 

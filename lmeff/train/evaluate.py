@@ -10,8 +10,9 @@ from lmeff.core.batch import Batch
 from lmeff.core.ops import Ranges
 from lmeff.core.precision import Policy
 from lmeff.distill.objectives import Projection, token_nll
-from lmeff.parallel.mesh import Layout, place_batch
-from lmeff.train.step import Model
+from lmeff.parallel.mesh import Layout
+from lmeff.parallel.rows import place_batch
+from lmeff.train.runtime import Model
 
 EvalStep = Callable[[Any, Any, Ranges | None, Batch], jax.Array]
 

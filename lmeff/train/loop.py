@@ -13,14 +13,15 @@ import jax
 from lmeff.core.batch import Batch
 from lmeff.core.errors import CheckpointError, ConfigError, UserError
 from lmeff.parallel.compressed import Reduce
-from lmeff.parallel.mesh import place_batch
 from lmeff.parallel.processes import sync
+from lmeff.parallel.rows import place_batch
 from lmeff.train.checkpoint import Checkpointer
 from lmeff.train.local_updates import LocalUpdates
 from lmeff.train.metrics import MetricsWriter, read_metrics
 from lmeff.train.progress import Progress
+from lmeff.train.runtime import Frozen, Metrics, Runtime
 from lmeff.train.state import TrainState
-from lmeff.train.step import Frozen, Metrics, Runtime, make_train_step
+from lmeff.train.step import make_train_step
 
 
 class Diverged(UserError):

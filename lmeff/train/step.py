@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,102 +11,17 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lmeff.compress.base import Compression, State
+from lmeff.compress.base import State
 from lmeff.core.batch import Batch
-from lmeff.core.ops import FLOATING, Numerics, Ranges
-from lmeff.core.precision import Policy
-from lmeff.core.tree import Tree
-from lmeff.distill.objectives import Objective
-from lmeff.models.config import ModelConfig
-from lmeff.models.moe import auxiliary as routing_loss
-from lmeff.models.transformer import Output, View, forward, identity_view, param_specs, substate
-from lmeff.parallel.layers import layer_scan
+from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import Layout, partitions, shardings
-from lmeff.parallel.pipeline import Counts, Losses, Member, Share, run_pipeline
-from lmeff.parallel.program import compile_schedule
-from lmeff.parallel.region import EXACT, Kept, Reducer, Region, accumulated, gradient, regional, split_rows
-from lmeff.parallel.schedules import resolve
-from lmeff.parallel.seam import layout_ops
-from lmeff.parallel.slices import Slice, SliceModel
-from lmeff.parallel.stages import layer_table, layers_present, take_layers
-from lmeff.parallel.stash import STASHES
-from lmeff.parallel.tables import Schedule
-from lmeff.parallel.tiles import pinned
-from lmeff.train.local_updates import LocalUpdates, by_workers, spread, spread_shardings
+from lmeff.parallel.region import EXACT, Kept, accumulated, gradient, regional
+from lmeff.train.local_updates import by_workers, spread, spread_shardings
 from lmeff.train.loss_scale import PATIENCE, current_scale, find
 from lmeff.train.optim import ema_update
+from lmeff.train.pipelined import pipelined_gradients
+from lmeff.train.runtime import Frozen, Metrics, Runtime
 from lmeff.train.state import Trainable, TrainState, on_host, state_shardings
-
-Metrics = dict[str, jax.Array]
-
-
-class Model(NamedTuple):
-    """A model as a step sees it: its shape, its numerics, and how its weights are viewed."""
-
-    cfg: ModelConfig
-    numerics: Numerics = FLOATING
-    view: View = identity_view
-
-    def run(
-        self, layout: Layout, params: Any, state: Any, batch: Batch, ranges: Ranges | None, policy: Policy, remat: str
-    ) -> Output:
-        """Runs `forward` on a layout under the precision policy."""
-        return forward(
-            params,
-            batch,
-            self.cfg,
-            make_ops=layout_ops(layout, self.numerics),
-            view=self.view,
-            view_state=state,
-            ranges=ranges,
-            remat=remat,
-            unroll=layout.layers_at_once(remat),
-            scan=layer_scan(layout),
-            enter=functools.partial(pinned, layout),
-            compute_dtype=policy.compute,
-            output_dtype=policy.output,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Runtime:
-    """Everything static of a run, built once from the config and closed over by the step.
-
-    steps: the last step of the run, after which workers with updates of their own (`local`) are brought together.
-    """
-
-    student: Model
-    teacher: Model | None
-    specs: Tree
-    compression: Compression
-    objective: Objective
-    tx: optax.GradientTransformationExtraArgs
-    layout: Layout
-    policy: Policy
-    accumulate: int = 1
-    remat: str = "none"
-    ema: float | None = None
-    offload: bool = False
-    reducer: Reducer = EXACT
-    local: LocalUpdates | None = None
-    steps: int = 0
-
-    def region(self, trainable: Any) -> Region:
-        """Where gradients are summed, if it is not left to XLA."""
-        axes = self.layout.axes("BL")
-        return Region(self.layout.within(axes), axes, partitions(trainable, self.specs, self.layout))
-
-
-class Frozen(NamedTuple):
-    """Arrays a step reads and never changes.
-
-    teacher:        the teacher's parameters (arrays or packed leaves), or None.
-    teacher_ranges: its calibrated activation ranges, or None; `ranges` are the student's.
-    """
-
-    teacher: Any = None
-    teacher_ranges: Any = None
-    ranges: Any = None
 
 
 def begin(rt: Runtime, state: TrainState) -> TrainState:
@@ -229,76 +143,6 @@ def gradients(
         grads, sums = gradient(loss_fn, rt.layout, trainable, auxiliary, batch, given)
         reduction = kept.state
     return grads, {name: value / total for name, value in sums.items()}, reduction
-
-
-def pipelined_gradients(
-    rt: Runtime, layout: Layout, trainable: Trainable, auxiliary: Any, batch: Batch, given: tuple[Frozen, Any]
-) -> tuple[Trainable, Metrics, Counts]:
-    """Gradients and sums of the rows of a group from this stage of the pipeline, and what the stage counted; inside a region.
-
-    Weights are seen by the compression once a step. The pipeline differentiates by what is seen, and one pull takes that back to what is trained.
-    """
-    frozen, factor = given
-    plan = layout.plan
-    schedule = resolve(plan.schedule, layout.mesh.shape["pipe"], rt.accumulate, plan.chunks)
-
-    def seen(trainable: Trainable) -> Any:
-        state = State(trainable.compression, auxiliary)
-        params = {k: rt.student.view(p, substate(state, k)) for k, p in trainable.params.items()}
-        return staged(rt.student, layout, schedule, params)
-
-    def loss(student: Output, teacher: Output | None, batch: Batch) -> tuple[jax.Array, Metrics]:
-        objective, sums = rt.objective(layout, student, teacher, batch)
-        return objective * factor, {**sums, "objective": objective}
-
-    def layers(kept: Metrics) -> tuple[jax.Array, Metrics]:
-        if not kept:
-            return jnp.zeros(()), {}
-        routing, told = routing_loss(kept, rt.student.cfg)
-        return routing * factor, {**told, "objective": routing}
-
-    shown, pull = jax.vjp(seen, trainable)
-    student = member(rt.student, layout, schedule, shown, frozen.ranges, rt.policy, rt.remat)
-    teacher = None
-    if rt.teacher is not None:
-        shown_teacher = staged(rt.teacher, layout, schedule, frozen.teacher)
-        teacher = member(rt.teacher, layout, schedule, shown_teacher, frozen.teacher_ranges, rt.policy, "none")
-    pieces = split_rows(batch, rt.accumulate)
-    stash = STASHES[plan.stash]
-    program = compile_schedule(schedule, stash.until)
-    d_blocks, d_outer, sums, counts = run_pipeline(
-        program, stash, layout, student, teacher, Losses(loss, layers), pieces
-    )
-    grads = {"blocks": d_blocks, **d_outer}
-    grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, shown)
-    return pull(grads)[0], sums, counts
-
-
-def staged(model: Model, layout: Layout, schedule: Schedule, params: Any) -> Any:
-    """Seen parameters with the layers that this stage holds, [v, n, ...]; what other axes cut stays cut on the way."""
-    table, cut = layer_table(schedule, model.cfg.layers), model.cfg.layers % schedule.stages == 0
-    parts = partitions(params, param_specs(model.cfg), layout)["blocks"]
-
-    def take(part: P, x: jax.Array) -> jax.Array:
-        own = functools.partial(take_layers, table=table, cut=cut)
-        return layout.on_parts(own, (part,), P(None, None, *part[1:]))(x) if any(part) else own(x)
-
-    return {**params, "blocks": jax.tree.map(take, parts, params["blocks"], is_leaf=lambda x: isinstance(x, P))}
-
-
-def member(
-    model: Model, layout: Layout, schedule: Schedule, shown: Any, ranges: Ranges | None, policy: Policy, remat: str
-) -> Member:
-    """A model as the pipeline runs it, and this stage's share of it."""
-    table = layer_table(schedule, model.cfg.layers)
-    ranges = ranges or {}
-    own = {site: take_layers(x, table, cut=False) for site, x in ranges.items() if site != "head"}
-    chunks = Slice(shown["blocks"], own, layers_present(table))
-    outer = {key: part for key, part in shown.items() if key != "blocks"}
-    head = {site: x for site, x in ranges.items() if site == "head"}
-    make = functools.partial(layout_ops, layout, model.numerics)
-    static = SliceModel(model.cfg, make, policy.compute, policy.output, remat)
-    return Member(static, Share(chunks, outer, head))
 
 
 def frozen_partitions(rt: Runtime, frozen: Frozen) -> Any:

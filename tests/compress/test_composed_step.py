@@ -21,8 +21,9 @@ from lmeff.models.transformer import identity_view, param_specs, sites
 from lmeff.parallel.mesh import MeshPlan, make_layout
 from lmeff.train.evaluate import make_eval_step
 from lmeff.train.optim import OptimConfig, make_optimizer
+from lmeff.train.runtime import Frozen, Model, Runtime
 from lmeff.train.state import create_state
-from lmeff.train.step import Frozen, Model, Runtime, make_train_step
+from lmeff.train.step import make_train_step
 
 CFG = preset("tiny")
 SPECS = param_specs(CFG)

@@ -17,8 +17,9 @@ from lmeff.models.transformer import forward, param_specs
 from lmeff.parallel.mesh import MeshPlan, make_layout
 from lmeff.parallel.seam import layout_ops
 from lmeff.train.optim import OptimConfig, make_optimizer
+from lmeff.train.runtime import Frozen, Model, Runtime
 from lmeff.train.state import create_state
-from lmeff.train.step import Frozen, Model, Runtime, make_train_step
+from lmeff.train.step import make_train_step
 from tests.compress.structure import ONE, make_batch, make_model
 
 BATCHES = [make_batch(seed=i, padding=2 + i) for i in range(2)]

@@ -23,8 +23,9 @@ from lmeff.models.cost import flops_per_token
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import MeshPlan, make_layout, shardings
 from lmeff.train.optim import OPTIMIZERS, OptimConfig, make_optimizer
+from lmeff.train.runtime import Frozen, Model, Runtime
 from lmeff.train.state import build_state, create_state
-from lmeff.train.step import Frozen, Model, Runtime, make_train_step
+from lmeff.train.step import make_train_step
 from tests.compress.structure import ONE, SMALL, logits, make_batch, make_model
 
 VARIANTS = {

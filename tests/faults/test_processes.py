@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmeff.parallel.mesh import MeshPlan, make_layout, own_rows, place_batch
+from lmeff.parallel.mesh import MeshPlan, make_layout
+from lmeff.parallel.rows import own_rows, place_batch
 from lmeff.recipe.artifact import Recipe, load
 from lmeff.train.metrics import read_metrics
 from tests.conftest import CACHE

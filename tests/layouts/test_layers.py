@@ -11,9 +11,10 @@ from lmeff.core.numerics import QFormat, quantize
 from lmeff.core.precision import Policy
 from lmeff.parallel.hlo import collectives
 from lmeff.parallel.layers import layer_scan
-from lmeff.parallel.mesh import place_batch, shardings
+from lmeff.parallel.mesh import shardings
+from lmeff.parallel.rows import place_batch
 from lmeff.train.evaluate import make_eval_step
-from lmeff.train.step import Model
+from lmeff.train.runtime import Model
 from tests.layouts.trial import MODELS, UNOPTIMIZED, Mesh, make_batch, make_params, param_specs
 
 CFG = MODELS["deep"]

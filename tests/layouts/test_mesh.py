@@ -9,7 +9,8 @@ from lmeff.core.errors import ConfigError
 from lmeff.core.specs import ParamSpec
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
-from lmeff.parallel.mesh import AXES, MeshPlan, indivisible, make_layout, parameter_shardings, place_batch, shardings
+from lmeff.parallel.mesh import AXES, MeshPlan, indivisible, make_layout, parameter_shardings, shardings
+from lmeff.parallel.rows import place_batch
 from tests.layouts.trial import make_batch
 
 

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from lmeff.parallel.mesh import place_batch
+from lmeff.parallel.rows import place_batch
+from lmeff.train.runtime import Frozen
 from lmeff.train.state import create_state
-from lmeff.train.step import Frozen
 from tests.layouts.trial import MODELS, Mesh, compile_step, leaves, make_batch, make_params, make_runtime
 
 

@@ -29,7 +29,8 @@ from lmeff.parallel.slices import (
     weight_gradients,
 )
 from lmeff.parallel.stages import layer_table
-from lmeff.train.step import frozen_partitions, make_train_step, pipelined_gradients
+from lmeff.train.pipelined import pipelined_gradients
+from lmeff.train.step import frozen_partitions, make_train_step
 from tests.layouts.trial import (
     MODELS,
     UNOPTIMIZED,

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import pytest
 
-from lmeff.parallel.mesh import place_batch
+from lmeff.parallel.rows import place_batch
 from lmeff.train.checkpoint import Checkpointer
 from lmeff.train.digest import digests
+from lmeff.train.runtime import Frozen
 from lmeff.train.state import create_state, state_shardings
-from lmeff.train.step import Frozen
 from tests.layouts.trial import MODELS, ROWS, Mesh, compile_step, make_batch, make_params, make_runtime
 
 PLANS = {

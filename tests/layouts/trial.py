@@ -21,10 +21,12 @@ from lmeff.core.tree import map_with_path
 from lmeff.distill.objectives import Distill, Projection, head_objective
 from lmeff.models.config import ModelConfig, MoE
 from lmeff.models.transformer import param_specs
-from lmeff.parallel.mesh import AXES, MeshPlan, make_layout, place_batch, shardings
+from lmeff.parallel.mesh import AXES, MeshPlan, make_layout, shardings
+from lmeff.parallel.rows import place_batch
 from lmeff.train.optim import OptimConfig, make_optimizer
+from lmeff.train.runtime import Frozen, Model, Runtime
 from lmeff.train.state import create_state
-from lmeff.train.step import Frozen, Model, Runtime, make_train_step
+from lmeff.train.step import make_train_step
 
 ROWS, TOKENS, STEPS = 16, 16, 5
 UNOPTIMIZED = {"xla_backend_optimization_level": 0}  # of LLVM: half the compile time, the same HLO

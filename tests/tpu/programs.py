@@ -17,8 +17,9 @@ from lmeff.models.transformer import param_specs
 from lmeff.parallel.devices import topology
 from lmeff.parallel.mesh import make_layout
 from lmeff.train.optim import OptimConfig, make_optimizer
+from lmeff.train.runtime import Frozen, Model, Runtime
 from lmeff.train.state import abstract_batch, abstract_state
-from lmeff.train.step import Frozen, Model, Runtime, make_train_step
+from lmeff.train.step import make_train_step
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'lmeff[tpu]'"

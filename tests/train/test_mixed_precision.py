@@ -12,7 +12,8 @@ from lmeff.core.ops import plain_einsum
 from lmeff.core.precision import Policy, parse
 from lmeff.train.loss_scale import LossScaleState, current_scale, dynamic_loss_scale, find
 from lmeff.train.optim import OptimConfig
-from lmeff.train.step import Frozen, make_train_step
+from lmeff.train.runtime import Frozen
+from lmeff.train.step import make_train_step
 from tests.train.tiny_run import fingerprint, make_batch, make_runtime, make_state
 
 BF16 = parse("params=float32,compute=bfloat16,output=float32,state=bfloat16")

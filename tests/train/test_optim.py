@@ -12,8 +12,9 @@ from lmeff.core.specs import initialize
 from lmeff.core.tree import flatten
 from lmeff.parallel.region import Kept
 from lmeff.train.optim import OPTIMIZERS, SCHEDULES, Kinds, OptimConfig, ema_update, learning_rate_at, make_optimizer
+from lmeff.train.runtime import Frozen
 from lmeff.train.state import Trainable
-from lmeff.train.step import Frozen, gradients
+from lmeff.train.step import gradients
 from tests.train.tiny_run import SPECS, make_batch, make_runtime, make_state
 
 RATES = {"adafactor": 3e-2, "adamw": 1e-2, "lamb": 3e-2, "lion": 2e-3, "muon": 1e-2, "sgd": 0.3}

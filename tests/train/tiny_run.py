@@ -32,8 +32,9 @@ from lmeff.train.digest import digests
 from lmeff.train.loop import Job, TrainConfig, train
 from lmeff.train.optim import OptimConfig, learning_rate_at, make_optimizer
 from lmeff.train.progress import LineProgress
+from lmeff.train.runtime import Frozen, Model, Runtime
 from lmeff.train.state import create_state
-from lmeff.train.step import Frozen, Model, Runtime, begin
+from lmeff.train.step import begin
 
 CFG = PRESETS["tiny"]
 SPECS = param_specs(CFG)
