@@ -43,14 +43,17 @@ class Term(NamedTuple):
 def weights(step: Step) -> Iterator[Term]:
     """Parameters made whole over fsdp: once in a region, else for the forward and again for the backward pass of each layer.
 
-    The head is gathered once: its gradient is made in the forward pass. Of the embedding, rows are looked up (`embedding`). With rematerialisation XLA
-    gathers a norm's scale a third time, and beside tensor parallelism the attention's output matrix where its product is computed again.
+    The head turns, and its gradient turns back (`Step.turns_head`), or it is gathered once. Of the embedding, rows are looked up (`embedding`). With
+    rematerialisation XLA gathers a norm's scale a third time, and beside tensor parallelism the attention's output matrix where its product is
+    computed again.
     """
     for leaf in step.leaves:
         if ZERO_AXIS not in leaf.axes:
             continue
         if step.region:
             yield Term("all-gather", (ZERO_AXIS,), leaf.elements, step.policy.params)
+        elif step.is_head(leaf) and step.turns_head:
+            yield Term("all-to-all", (ZERO_AXIS,), leaf.elements / step.degrees[ZERO_AXIS], step.policy.compute, 2)
         elif step.is_head(leaf) or leaf.path != EMBEDDING:
             third = step.remat != "none" and leaf.path.startswith("blocks/") and not leaf.is_matmul
             third |= leaf.path.endswith("/wo") and TENSOR in leaf.axes and AGAIN[step.remat].reductions > 0
@@ -79,10 +82,13 @@ def gradients(step: Step) -> Iterator[Term]:
             dtype, scattered, placed = step.policy.params, ZERO_AXIS in leaf.axes, False
         else:
             left = step.batch
-            scattered = step.plan.zero >= 2 and ZERO_AXIS in left and leaf.is_matmul and not step.is_head(leaf)
+            scattered = step.plan.zero >= 2 and ZERO_AXIS in left and leaf.is_matmul
             dtype, placed = PARTIAL, True
             if leaf.path == EMBEDDING:
                 yield from _table_gradient(step, leaf)
+                continue
+            if step.is_head(leaf):
+                yield _head_gradient(step, leaf)
                 continue
         left = order(axis for axis in left if axis != ZERO_AXIS or not scattered)
         if scattered:
@@ -96,7 +102,13 @@ def _table_gradient(step: Step, leaf: Leaf) -> Iterator[Term]:
     left = order(axis for axis in step.batch if axis != ZERO_AXIS or not exchanged)
     yield Term("all-reduce", left, leaf.elements / (step.degrees[ZERO_AXIS] if exchanged else 1), step.policy.compute)
     if step.is_head(leaf):
-        yield Term("all-reduce", step.batch, leaf.elements, PARTIAL)
+        yield _head_gradient(step, leaf)
+
+
+def _head_gradient(step: Step, leaf: Leaf) -> Term:
+    """Summed by the loss, of this device's part of the vocabulary."""
+    left = order(axis for axis in step.batch if axis != ZERO_AXIS or not step.turns_head)
+    return Term("all-reduce", left, leaf.elements / (step.degrees[ZERO_AXIS] if step.turns_head else 1), PARTIAL)
 
 
 def exchanges_rows(step: Step) -> bool:
@@ -145,10 +157,24 @@ def loss(step: Step) -> Iterator[Term]:
     yield Term("reduce-scatter", (TENSOR,), step.activation, step.policy.output, step.accumulate, placed=True)
     tokens = step.activation // step.cfg.width
     padded = -(-tokens // min(step.chunk, tokens)) * min(step.chunk, tokens)
-    yield Term("all-reduce", (TENSOR,), padded, jnp.float32, step.accumulate * (5 if step.region else 4))
+    if step.turns_head:
+        yield from _gathered_rows(step, tokens * step.degrees[ZERO_AXIS])
+    else:
+        yield Term("all-reduce", (TENSOR,), padded, jnp.float32, step.accumulate * (5 if step.region else 4))
     for leaf in step.leaves:
         if leaf.path.startswith("final_norm"):
             yield Term("all-reduce", (TENSOR,), leaf.elements, step.policy.output, step.accumulate)
+
+
+def _gathered_rows(step: Step, rows: int) -> Iterator[Term]:
+    """The vocabulary cut over fsdp too: hidden states, targets and weights of its devices gathered chunk by chunk, their gradient scattered back."""
+    both = tuple(axis for axis in (ZERO_AXIS, TENSOR) if step.degrees[axis] > 1)
+    yield Term("all-gather", (ZERO_AXIS,), rows * step.cfg.width, step.policy.output)
+    yield Term("reduce-scatter", (ZERO_AXIS,), rows * step.cfg.width, step.policy.output)
+    yield Term("all-gather", (ZERO_AXIS,), rows, jnp.int32)
+    yield Term("all-gather", (ZERO_AXIS,), rows, jnp.float32)
+    yield Term("all-reduce", both, rows, jnp.float32, 4)
+    yield Term("all-reduce", (ZERO_AXIS,), rows, jnp.float32)
 
 
 def pipeline(step: Step) -> Iterator[Term]:

@@ -124,6 +124,12 @@ class Step:
         """All parameters."""
         return leaves_of(self.cfg, self.layout)
 
+    @property
+    def turns_head(self) -> bool:
+        """Whether the loss cuts the vocabulary over fsdp too: the head turns from parts of D to parts of V, and rows are gathered in its place."""
+        cut = self.layout.size((ZERO_AXIS, TENSOR))
+        return not self.region and self.plan.zero == 3 and self.degrees[ZERO_AXIS] > 1 and self.cfg.vocab % cut == 0
+
     def is_head(self, leaf: Leaf) -> bool:
         """Whether the loss multiplies with it."""
         return leaf.path == (EMBEDDING if self.cfg.tied else "head/w")
