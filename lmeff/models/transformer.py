@@ -169,8 +169,8 @@ def forward(
     ranges: Ranges | None = None,
     remat: str = "none",
     unroll: int = 1,
-    enter: Callable[[Any, jax.Array], Any] = lambda weights, index: weights,
     scan: Callable[..., Any] = jax.lax.scan,
+    enter: Callable[[Any, jax.Array], Any] = lambda weights, index: weights,
     compute_dtype: Any = jnp.float32,
     output_dtype: Any = None,
 ) -> Output:
@@ -181,8 +181,8 @@ def forward(
     ranges:     calibrated activation ranges by site, [L, 2] for sites of the block and [2] for the head; None when nothing is calibrated.
     remat:      what the backward pass keeps, as `models.remat` reads it; not a budget.
     unroll:     layers in one turn of the scan's loop; changes time and program size, no result.
-    enter:      `(weights, index of the layer) -> weights`, what they pass on their way into the block (`parallel.tiles.pinned`); changes memory, no result.
     scan:       `jax.lax.scan`, or what does the same where layers are cut over devices (`parallel.layers.layer_scan`).
+    enter:      `(weights, index of the layer) -> weights`, what they pass on their way into the block (`parallel.tiles.pinned`); changes memory, no result.
     output_dtype: of the last hidden state, rounded once from float32; None is the compute dtype.
     """
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmeff.core.batch import Batch
@@ -216,29 +216,29 @@ class Layout:
         `inputs` are letters; `outputs` letters or a pytree of them. A sum inside `fn` that is to be differentiated must be right both with and
         without JAX's checks of what varies over the mesh: inside an outer `jax.shard_map` they are off, and where not `checked`.
         """
-        inputs, outputs = jax.tree.map(self.partition, tuple(inputs)), jax.tree.map(self.partition, outputs)
-        return self.on_parts(fn, inputs, outputs, checked=checked)
+        inside, outside = jax.tree.map(self.partition, tuple(inputs)), jax.tree.map(self.partition, outputs)
+        return self.on_parts(fn, inside, outside, checked=checked)
 
     def on_parts(
         self, fn: Callable[..., Any], inputs: Any, outputs: Any, *, checked: bool = True
     ) -> Callable[..., Any]:
         """The same with partitions for letters; axes that are manual already are left out of them."""
         # On TPUs every axis, also those of size 1: a Pallas kernel must not leave any of them to XLA.
-        names = set(self.mesh.axis_names) - set(self.manual) if self.platform == "tpu" else self._names
-        if self.single or not names:
+        axes = set(self.mesh.axis_names) - set(self.manual) if self.platform == "tpu" else self._names
+        if self.single or not axes:
             return fn
         return jax.shard_map(
             fn,
             mesh=None if self.manual else self.mesh,
-            in_specs=restrict(inputs, names),
-            out_specs=restrict(outputs, names),
-            axis_names=names,
+            in_specs=restrict(inputs, axes),
+            out_specs=restrict(outputs, axes),
+            axis_names=axes,
             check_vma=checked and not self.manual,
         )
 
     def after(self, x: jax.Array, earlier: jax.Array) -> jax.Array:
         """`x`, on CPUs not before `earlier`: their collective permutes have no names, and two at a time may take each other's messages."""
-        if self.mesh.devices.flat[0].platform != "cpu":
+        if self.platform != "cpu":
             return x
         # A zero that XLA cannot know to be one; barriers it takes away.
         return x + jnp.minimum(jnp.abs(earlier.ravel()[0]), 0).astype(x.dtype)
@@ -278,6 +278,13 @@ def make_layout(plan: MeshPlan, devices: Sequence[Any] | None = None) -> Layout:
     devices = list(devices if devices is not None else jax.devices())
     degrees = plan.degrees(len(devices))
     return Layout(Mesh(arrange(devices, degrees), AXES, axis_types=(AxisType.Auto,) * len(AXES)), plan)
+
+
+def plan_layout(plan: MeshPlan, devices: int) -> Layout:
+    """The layout of a plan on so many devices that need not exist: it knows partitions and axes, and places nothing."""
+    degrees = plan.degrees(devices)
+    mesh: Any = AbstractMesh(tuple(degrees.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Layout(mesh, plan)
 
 
 def place_batch(batch: Batch, layout: Layout, total: int | None = None) -> Batch:

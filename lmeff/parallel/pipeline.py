@@ -18,7 +18,7 @@ from lmeff.core.tree import Tree, flatten, map_with_path
 from lmeff.models.transformer import Output, cast_floating, embed_tokens, last_hidden, param_specs
 from lmeff.parallel.mesh import WHOLE, Layout
 from lmeff.parallel.program import ACTIVATION, GRADIENT, Program, Ticks
-from lmeff.parallel.slices import Products, Slice, SliceModel, products_of
+from lmeff.parallel.slices import Products, Saved, Slice, SliceModel, products_of
 from lmeff.parallel.stages import AXIS
 
 Sums = dict[str, jax.Array]
@@ -229,22 +229,41 @@ def place_gradients(layout: Layout, grads: Any, specs: Tree) -> Any:
 
 
 def _place_buffers(pipe: Pipeline, buffers: Buffers) -> Buffers:
-    """Fixes how buffers lie over context and tensor. What products save is told by its shape, [row, n, ...] of a product's; time is whole over tensor."""
-    known = pipe.products.letters_by_shape
-
-    def leaf(x: jax.Array) -> jax.Array:
-        if x.shape[1:] == activation_shape(pipe).shape:
-            return pipe.layout.place(x, WHOLE + "BTD")
-        letters = known.get(x.shape[2:])
-        return pipe.layout.place(x, WHOLE * x.ndim if letters is None else WHOLE * 2 + letters.replace("T", "S"))
-
+    """Fixes how buffers lie over context and tensor."""
     place = pipe.layout.place
     return Buffers(
         place(buffers.activation, WHOLE + "BTD"),
         place(buffers.gradient, WHOLE + "BTD"),
-        jax.tree.map(leaf, buffers.stash),
-        jax.tree.map(leaf, buffers.pending),
+        place_saved(pipe, buffers.stash, WHOLE),
+        place_saved(pipe, buffers.pending, WHOLE),
     )
+
+
+def place_saved(pipe: Pipeline, values: Any, rows: str = "") -> Any:
+    """Fixes how what F and B leave lies: of one microbatch before it is put into a buffer, lest XLA gather all rows of the buffer, or of all `rows`.
+
+    What products save is told by its shape, [n, ...] of a product's; time is whole over tensor. Residuals stay as the forward pass has them: activations
+    cut over T, of the rest XLA knows.
+    """
+    known, lead, place = pipe.products.letters_by_shape, len(rows), pipe.layout.place
+    activation = activation_shape(pipe).shape
+    own = (*activation[:-1], pipe.width)
+
+    def leaf(x: jax.Array) -> jax.Array:
+        if x.shape[lead:] == activation:
+            return place(x, rows + "BTD")
+        letters = known.get(x.shape[lead + 1 :])
+        return place(x, WHOLE * x.ndim if letters is None else rows + WHOLE + letters.replace("T", "S"))
+
+    def residual(x: jax.Array) -> jax.Array:
+        return place(x, rows + WHOLE + "BTD") if x.shape[lead + 1 :] == own else x
+
+    def node(x: Any) -> Any:
+        return (
+            Saved(list(map(residual, x.residuals)), jax.tree.map(leaf, x.inputs)) if isinstance(x, Saved) else leaf(x)
+        )
+
+    return jax.tree.map(node, values, is_leaf=lambda x: isinstance(x, Saved))
 
 
 def _store(pipe: Pipeline, buffers: Buffers, arrivals: dict[str, jax.Array], t: Ticks) -> Buffers:

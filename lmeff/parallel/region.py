@@ -54,7 +54,7 @@ def _is_cut(x: Any) -> bool:
 
 
 def gather(tree: Any, cuts: Any) -> Any:
-    """Inside a region: every leaf whole over fsdp."""
+    """Inside a region, and inside what other axes still cut (`Layout.on_parts`: else XLA gathers over these as well): every leaf whole over fsdp."""
 
     def leaf(cut: P, x: jax.Array) -> jax.Array:
         for dim, axes in enumerate(cut):
@@ -66,7 +66,7 @@ def gather(tree: Any, cuts: Any) -> Any:
 
 
 def reduce(tree: Any, cuts: Any, axes: tuple[str, ...]) -> Any:
-    """Inside a region: gradients that are whole over fsdp, summed over `axes` and cut as `cuts` say; the inverse of `gather`.
+    """In the same place: gradients that are whole over fsdp, summed over `axes` and cut as `cuts` say; the inverse of `gather`.
 
     An axis that cuts a leaf is not summed over: it has other parameters there (experts, layers), except fsdp, which gets its part of the sum.
     """
@@ -111,10 +111,15 @@ class Reducer(NamedTuple):
     apply: Callable[[Region, Any, Any, jax.Array], tuple[Any, Any]]
 
 
+def _exact(region: Region, grads: Any) -> Any:
+    summed = functools.partial(reduce, cuts=region.cuts, axes=region.axes)
+    return region.layout.on_parts(summed, (region.cuts,), region.cuts)(grads)
+
+
 EXACT = Reducer(
     init=lambda region, trainable: None,
     cuts=lambda region, state: None,
-    apply=lambda region, grads, state, step: (reduce(grads, region.cuts, region.axes), state),
+    apply=lambda region, grads, state, step: (_exact(region, grads), state),
 )
 
 
@@ -142,8 +147,8 @@ def regional(
     def run(trainable: Any, auxiliary: Any, batch: Batch, frozen: Any, kept: Kept) -> tuple[Any, Sums, Any]:
         if not axes:
             return *local(layout, trainable, auxiliary, batch, frozen), kept.state
-        whole = (gather(tree, cut) for tree, cut in zip((trainable, auxiliary, frozen), cuts, strict=True))
-        trainable, auxiliary, frozen = whole
+        whole = region.layout.on_parts(functools.partial(gather, cuts=cuts), (cuts,), cuts)
+        trainable, auxiliary, frozen = whole((trainable, auxiliary, frozen))
         grads, sums = local(region.layout, trainable, auxiliary, batch, frozen)
         grads, state = reducer.apply(region, grads, *kept)
         return grads, jax.lax.psum(sums, axes), state

@@ -41,8 +41,29 @@ def take_layers(x: jax.Array, table: np.ndarray, *, cut: bool) -> jax.Array:
     return whole[jnp.maximum(jnp.asarray(table)[jax.lax.axis_index(AXIS)], 0)]
 
 
+def exchange(table: np.ndarray, layers: int) -> list[tuple[str, int]]:
+    """What `take_layers` and its gradient send when layers are cut over pipe: the kinds of collectives, and how many layers a device holds (all-to-all) or
+    are whole (the others)."""
+    stages, _, size = table.shape
+    if table.size != layers or PADDING in table:
+        return [("all-gather", layers), ("reduce-scatter", layers)]
+    if np.array_equal(table.ravel(), np.arange(layers)):
+        return []
+    most = _routes(table[..., 0] // size)[0].shape[-1]
+    return [("all-to-all", stages * most * size)] * 2
+
+
 def _exchange(runs: jax.Array, slices: np.ndarray) -> jax.Array:
     """[v, n, ...] runs of layers as they lie to [v, n, ...] as the schedule wants them; `slices` [p, v] says which slice goes where."""
+    send, receive = _routes(slices)
+    here = jax.lax.axis_index(AXIS)
+    arrived = jax.lax.all_to_all(runs[jnp.asarray(send)[here]], AXIS, split_axis=0, concat_axis=0)
+    flat = arrived.reshape(send.shape[1] * send.shape[2], *arrived.shape[2:])
+    return flat[jnp.asarray(receive)[here]]
+
+
+def _routes(slices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The runs that each stage sends to each other [p, p, most], and where in what arrived, [p * most], each chunk of a stage is [p, v]."""
     stages, chunks = slices.shape
     source, run = np.divmod(slices, chunks)  # stage s holds slices s * v, ..., s * v + v - 1
     place = np.zeros_like(slices)  # among those that go from the same stage to the same stage
@@ -52,10 +73,7 @@ def _exchange(runs: jax.Array, slices: np.ndarray) -> jax.Array:
     send = np.zeros((stages, stages, most), np.int32)
     for (stage, chunk), own in np.ndenumerate(source):
         send[own, stage, place[stage, chunk]] = run[stage, chunk]
-    here = jax.lax.axis_index(AXIS)
-    arrived = jax.lax.all_to_all(runs[jnp.asarray(send)[here]], AXIS, split_axis=0, concat_axis=0)
-    flat = arrived.reshape(stages * most, *arrived.shape[2:])
-    return flat[jnp.asarray(source * most + place)[here]]
+    return send, source * most + place
 
 
 def layers_present(table: np.ndarray) -> Any:

@@ -21,6 +21,7 @@ from lmeff.parallel.pipeline import (
     last_loss,
     pick,
     place_gradients,
+    place_saved,
     put,
 )
 from lmeff.parallel.program import Ticks
@@ -57,7 +58,7 @@ def backward_from_input(pipe: Pipeline, t: Ticks, carry: Carry) -> tuple[Carry, 
         return [_run_forward(pipe, t, i + 1, part).y_BTD for i, part in enumerate(others)]
 
     carry, payload, cotangents = _backward(pipe, t, carry, out.y_BTD, teachers, saved)
-    return _left_for_weights(carry, t, (saved.inputs, cotangents)), payload
+    return _left_for_weights(pipe, carry, t, (saved.inputs, cotangents)), payload
 
 
 def backward_with_residuals(pipe: Pipeline, t: Ticks, carry: Carry) -> tuple[Carry, jax.Array]:
@@ -65,7 +66,7 @@ def backward_with_residuals(pipe: Pipeline, t: Ticks, carry: Carry) -> tuple[Car
     out, saved = pick(carry.buffers.stash, t.stash)
     y, *others = pipe.split(out)
     carry, payload, cotangents = _backward(pipe, t, carry, y, lambda: others, saved)
-    return _left_for_weights(carry, t, cotangents), payload
+    return _left_for_weights(pipe, carry, t, cotangents), payload
 
 
 def weights_from_input(pipe: Pipeline, t: Ticks, carry: Carry) -> tuple[Carry, jax.Array]:
@@ -105,20 +106,21 @@ def _entering(pipe: Pipeline, t: Ticks, carry: Carry) -> jax.Array:
     def received() -> jax.Array:
         return pipe.layout.place(pick(carry.buffers.activation, t.activation), "BTD")
 
-    return jax.lax.cond(t.is_first == 1, embedded, received)
+    with jax.named_scope("embedding"):
+        return jax.lax.cond(t.is_first == 1, embedded, received)
 
 
 def _stashed(pipe: Pipeline, carry: Carry, t: Ticks, values: Any, kept: Sums) -> Carry:
     live = carry.counts.live + 1
     counts = carry.counts._replace(live=live, peak=jnp.maximum(carry.counts.peak, live))
-    stash = put(carry.buffers.stash, t.stash, values)
+    stash = put(carry.buffers.stash, t.stash, place_saved(pipe, values))
     more = pipe.losses.layers(kept)[1]
     sums = {name: total + more[name] if name in more else total for name, total in carry.sums.items()}
     return carry._replace(buffers=carry.buffers._replace(stash=stash), counts=counts, sums=sums)
 
 
-def _left_for_weights(carry: Carry, t: Ticks, values: Any) -> Carry:
-    pending = put(carry.buffers.pending, t.pending, values)
+def _left_for_weights(pipe: Pipeline, carry: Carry, t: Ticks, values: Any) -> Carry:
+    pending = put(carry.buffers.pending, t.pending, place_saved(pipe, values))
     return carry._replace(buffers=carry.buffers._replace(pending=pending))
 
 
@@ -136,7 +138,8 @@ def _backward(pipe: Pipeline, t: Ticks, carry: Carry, y_BTD: jax.Array, teachers
     def received(d_outer: Any, sums: Sums) -> Any:
         return place(pick(carry.buffers.gradient, t.gradient), "BTD"), settle(d_outer), sums
 
-    d_y, d_outer, sums = jax.lax.cond(t.is_last == 1, last, received, carry.d_outer, carry.sums)
+    with jax.named_scope("loss"):
+        d_y, d_outer, sums = jax.lax.cond(t.is_last == 1, last, received, carry.d_outer, carry.sums)
     model = pipe.student.model
     d_sums = jax.grad(lambda sums: pipe.losses.layers(sums)[0])(_zeros(pipe.products.sums))
     d_x, d_others, cotangents = pull_slice(model, pipe.products, _chunk(pipe, t), saved, batch, Out(d_y, d_sums))
@@ -145,7 +148,8 @@ def _backward(pipe: Pipeline, t: Ticks, carry: Carry, y_BTD: jax.Array, teachers
         _, pull = jax.vjp(lambda e: embed(pipe.student, e, batch), outer["embed"])
         return settle({**d_outer, "embed": _sum(d_outer["embed"], pull(d_x)[0])})
 
-    d_outer = jax.lax.cond(t.is_first == 1, embedded, settle, d_outer)
+    with jax.named_scope("embedding"):
+        d_outer = jax.lax.cond(t.is_first == 1, embedded, settle, d_outer)
     carry = carry._replace(d_blocks=_add(carry.d_blocks, t.chunk, d_others), d_outer=d_outer, sums=sums)
     return carry, pipe.join(d_x), cotangents
 

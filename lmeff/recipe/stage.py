@@ -31,7 +31,7 @@ from lmeff.train.loop import Cost, Job, train
 from lmeff.train.metrics import read_metrics
 from lmeff.train.optim import OptimConfig, learning_rate_at, make_optimizer
 from lmeff.train.progress import Progress
-from lmeff.train.state import Trainable, TrainState, create_state
+from lmeff.train.state import TrainState, create_state, with_compression
 from lmeff.train.step import Frozen, Model, Runtime, begin
 
 Artifacts = Mapping[str, Artifact]
@@ -190,8 +190,7 @@ def _trained(
         start.params, rt.specs, rt.compression, rt.tx, shop.layout, ema=rt.ema is not None, offload=rt.offload
     )
     if start.state is not None:
-        trainable = Trainable(state.trainable.params, start.state.trainable)
-        state = state._replace(trainable=trainable, auxiliary=start.state.auxiliary)
+        state = with_compression(state, start.state)
     state = begin(rt, state)
     frozen = Frozen(ranges=start.ranges)
     if teacher is not None:
@@ -250,10 +249,10 @@ def runtime(
         accumulate=config.accumulate,
         remat=choose(config.remat, start.cfg, shop.layout, rows, shop.experiment.data.sequence, shop.policy.compute),
         ema=optim.ema,
-        offload=optim.offload,
         reducer=make_reducer(config.reduce, specs),
         local=config.local,
         steps=steps,
+        offload=optim.offload,
     )
 
 

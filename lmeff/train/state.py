@@ -61,8 +61,19 @@ def build_state(
     """A fresh state around `params`. Pure: runs under `jax.eval_shape` and `jax.jit`."""
     made = compression.init(params, specs)
     trainable = Trainable(params, made.trainable)
-    average = jax.tree.map(lambda x: x.astype(jnp.float32), trainable) if ema else None
+    average = _average(trainable) if ema else None
     return TrainState(trainable, tx.init(trainable), made.auxiliary, average, jnp.int32(0))
+
+
+def _average(trainable: Trainable) -> Trainable:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
+
+
+def with_compression(state: TrainState, compression: State) -> TrainState:
+    """A fresh state that goes on with the compression's state of an earlier one."""
+    trainable = state.trainable._replace(compression=compression.trainable)
+    ema = None if state.ema is None else _average(trainable)
+    return state._replace(trainable=trainable, auxiliary=compression.auxiliary, ema=ema)
 
 
 def state_shardings(state: TrainState, specs: Tree, layout: Layout, *, offload: bool = False) -> Any:

@@ -62,8 +62,8 @@ class Model(NamedTuple):
             ranges=ranges,
             remat=remat,
             unroll=layout.layers_at_once(remat),
-            enter=functools.partial(pinned, layout),
             scan=layer_scan(layout),
+            enter=functools.partial(pinned, layout),
             compute_dtype=policy.compute,
             output_dtype=policy.output,
         )
@@ -244,9 +244,8 @@ def pipelined_gradients(
 
     def seen(trainable: Trainable) -> Any:
         state = State(trainable.compression, auxiliary)
-        return staged(
-            rt.student, schedule, {k: rt.student.view(p, substate(state, k)) for k, p in trainable.params.items()}
-        )
+        params = {k: rt.student.view(p, substate(state, k)) for k, p in trainable.params.items()}
+        return staged(rt.student, layout, schedule, params)
 
     def loss(student: Output, teacher: Output | None, batch: Batch) -> tuple[jax.Array, Metrics]:
         objective, sums = rt.objective(layout, student, teacher, batch)
@@ -262,7 +261,7 @@ def pipelined_gradients(
     student = member(rt.student, layout, schedule, shown, frozen.ranges, rt.policy, rt.remat)
     teacher = None
     if rt.teacher is not None:
-        shown_teacher = staged(rt.teacher, schedule, frozen.teacher)
+        shown_teacher = staged(rt.teacher, layout, schedule, frozen.teacher)
         teacher = member(rt.teacher, layout, schedule, shown_teacher, frozen.teacher_ranges, rt.policy, "none")
     pieces = split_rows(batch, rt.accumulate)
     stash = STASHES[plan.stash]
@@ -275,11 +274,16 @@ def pipelined_gradients(
     return pull(grads)[0], sums, counts
 
 
-def staged(model: Model, schedule: Schedule, params: Any) -> Any:
-    """Seen parameters with the layers that this stage holds, [v, n, ...]."""
+def staged(model: Model, layout: Layout, schedule: Schedule, params: Any) -> Any:
+    """Seen parameters with the layers that this stage holds, [v, n, ...]; what other axes cut stays cut on the way."""
     table, cut = layer_table(schedule, model.cfg.layers), model.cfg.layers % schedule.stages == 0
-    blocks = jax.tree.map(lambda x: take_layers(x, table, cut=cut), params["blocks"])
-    return {**params, "blocks": blocks}
+    parts = partitions(params, param_specs(model.cfg), layout)["blocks"]
+
+    def take(part: P, x: jax.Array) -> jax.Array:
+        own = functools.partial(take_layers, table=table, cut=cut)
+        return layout.on_parts(own, (part,), P(None, None, *part[1:]))(x) if any(part) else own(x)
+
+    return {**params, "blocks": jax.tree.map(take, parts, params["blocks"], is_leaf=lambda x: isinstance(x, P))}
 
 
 def member(

@@ -14,8 +14,8 @@ from lmeff.core.specs import ParamSpec, initialize
 from lmeff.core.tree import flatten
 from lmeff.models.config import preset
 from lmeff.models.transformer import param_specs
+from lmeff.parallel.hlo import collectives
 from lmeff.parallel.mesh import MeshPlan, make_layout, shardings
-from tests.layouts.hlo import collectives
 
 CFG = preset("tiny")
 SPECS = param_specs(CFG)

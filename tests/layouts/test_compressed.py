@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding
 from lmeff.core.errors import ConfigError
 from lmeff.core.specs import ParamSpec, abstract
 from lmeff.parallel.compressed import Reduce, as_matrices, from_matrices, make_reducer, quantize_blocks
+from lmeff.parallel.hlo import collectives
 from lmeff.parallel.mesh import MeshPlan, make_layout, partitions
 from lmeff.parallel.region import Kept, Region, regional
-from tests.layouts.hlo import collectives
 from tests.layouts.trial import UNOPTIMIZED
 
 SPECS = {

@@ -13,10 +13,10 @@ from lmeff.core.errors import ConfigError
 from lmeff.data.config import DataConfig
 from lmeff.models.config import preset
 from lmeff.models.moe import LETTERS, moe_layer, row_capacity
+from lmeff.parallel.hlo import collectives
 from lmeff.parallel.mesh import MeshPlan
 from lmeff.parallel.region import regional
 from lmeff.parallel.seam import layout_ops
-from tests.layouts.hlo import collectives
 from tests.layouts.trial import MODELS, ROWS, TOKENS, Mesh, make_batch, relative, run
 
 EIGHT = Mesh(expert=8, model="capacity")

@@ -9,11 +9,11 @@ import pytest
 
 from lmeff.core.numerics import QFormat, quantize
 from lmeff.core.precision import Policy
+from lmeff.parallel.hlo import collectives
 from lmeff.parallel.layers import layer_scan
 from lmeff.parallel.mesh import place_batch, shardings
 from lmeff.train.evaluate import make_eval_step
 from lmeff.train.step import Model
-from tests.layouts.hlo import collectives
 from tests.layouts.trial import MODELS, UNOPTIMIZED, Mesh, make_batch, make_params, param_specs
 
 CFG = MODELS["deep"]

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from lmeff.core.ops import FLOATING
 from lmeff.models.transformer import sites
+from lmeff.parallel.hlo import collectives, computations
 from lmeff.parallel.mesh import partitions
 from lmeff.parallel.schedule_csv import to_csv
 from lmeff.parallel.schedules import build
@@ -29,7 +30,6 @@ from lmeff.parallel.slices import (
 )
 from lmeff.parallel.stages import layer_table
 from lmeff.train.step import frozen_partitions, make_train_step, pipelined_gradients
-from tests.layouts.hlo import computations, loop_bodies
 from tests.layouts.trial import (
     MODELS,
     UNOPTIMIZED,
@@ -63,15 +63,11 @@ def test_memory_of_1f1b_does_not_grow_with_microbatches():
 
 def test_the_loop_has_one_switch_and_two_permutes():
     text, _ = program("1f1b", 32)
-    parts = computations(text)
-    inside = loop_bodies(parts)
-    permutes = [
-        name for name, lines in parts.items() for line in lines if re.search(r" collective-permute(-start)?\(", line)
-    ]
+    permutes = [c for c in collectives(text) if c.kind == "collective-permute"]
     assert len(permutes) == 2
-    assert permutes[0] == permutes[1]
-    body = parts[permutes[0]]
-    assert permutes[0] in inside
+    assert permutes[0].loop
+    assert permutes[0].inside == permutes[1].inside
+    body = computations(text)[permutes[0].inside]
     switches = [line for line in body if re.search(r" conditional\(", line)]
     assert len(switches) == 1
     assert len(re.search(r"branch_computations=\{([^}]*)\}", switches[0]).group(1).split(",")) == 4

@@ -2,14 +2,11 @@
 
 import math
 
-import jax
 import numpy as np
 import pytest
 
-from lmeff.core.tree import flatten
-from lmeff.models.transformer import param_specs
+from lmeff.parallel.hlo import collectives
 from lmeff.parallel.mesh import AXES
-from tests.layouts.hlo import collectives
 from tests.layouts.test_equality import MESHES
 from tests.layouts.trial import MODELS, ROWS, TOKENS, Mesh, compile_step, make_inputs, make_runtime, run
 
@@ -125,30 +122,22 @@ def test_logits_and_table_stay_cut_over_the_vocabulary(feature):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "axes"),
+    "mesh",
     [
-        (Mesh(data=8, accumulate=4, remat="full"), ["data"]),
-        (Mesh(fsdp=8, accumulate=4), ["fsdp"]),
-        (Mesh(data=2, fsdp=2, tensor=2, accumulate=4, model="tied"), ["data", "fsdp"]),
+        Mesh(data=8, accumulate=4, remat="full"),
+        Mesh(fsdp=8, accumulate=4),
+        Mesh(data=2, fsdp=2, tensor=2, accumulate=4, model="tied"),
     ],
 )
-def test_accumulation_reduces_each_gradient_once(mesh, axes):
+def test_accumulation_reduces_gradients_after_its_loop(mesh):
+    """How much is reduced then is in `test_bytes`."""
     rt = make_runtime(mesh, "plain")
     inputs = make_inputs(rt, mesh, rows=mesh.accumulate * mesh.data * mesh.fsdp)
     found = collectives(compile_step(rt, *inputs).as_text())
     reductions = [c for c in found if c.kind in ("all-reduce", "reduce-scatter")]
     over_rows = [c for c in reductions if not c.groups <= groups_over(mesh, "tensor")]
+    assert [c for c in over_rows if c.largest > WEIGHT]
     assert not [c for c in over_rows if c.loop]
-    trainable = jax.tree.leaves(inputs[0].trainable)
-    reduced = [s for c in over_rows for s in c.shapes if s]
-    assert sum(map(math.prod, reduced)) == sum(x.size for x in trainable) / mesh.tensor + _norms_not_cut(rt, mesh)
-
-
-def _norms_not_cut(rt, mesh):
-    """Norms have no dim that the tensor axis cuts: every device reduces them whole."""
-    specs = flatten(param_specs(rt.student.cfg)).values()
-    sizes = [math.prod(spec.shape) for spec in specs if not spec.is_matmul]
-    return sum(sizes) * (1 - 1 / mesh.tensor)
 
 
 def _matrices(trial):

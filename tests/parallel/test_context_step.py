@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from lmeff.parallel.hlo import collectives
 from lmeff.train.evaluate import make_eval_step
-from tests.layouts.hlo import collectives
 from tests.layouts.traffic import received
 from tests.layouts.trial import MODELS, ROWS, TOKENS, Mesh, make_inputs, make_runtime, relative, run
 

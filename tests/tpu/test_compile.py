@@ -10,10 +10,10 @@ import pytest
 
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.devices import topology
+from lmeff.parallel.hlo import collectives
 from lmeff.parallel.leaves import LARGE, leaf_table
 from lmeff.parallel.mesh import AXES, MeshPlan, make_layout
 from lmeff.train.state import abstract_batch
-from tests.layouts.hlo import collectives
 from tests.tpu.programs import CFG, TOKENS, arguments, compiled, needs_libtpu, shard_bytes
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.slow, needs_libtpu]
@@ -76,7 +76,7 @@ def test_arguments_are_the_shards_of_state_and_batch(name):
 def test_collectives_and_the_kernel(name):
     case, _, step = program(name)
     text, layout = step.as_text(), make_layout(case.plan, topology(case.topology))
-    found = {(c.kind, c.groups, c.loop) for c in collectives(text, layout.mesh.size)}
+    found = {(c.kind, c.groups, c.loop) for c in collectives(text)}
     for kind, axes, loop in case.expected:
         assert (kind, groups_over(layout, axes), loop) in found, (kind, axes, loop)
     kernels = sum('custom_call_target="tpu_custom_call"' in line and "splash" in line for line in text.splitlines())
@@ -107,7 +107,7 @@ def test_slices_exchange_gradients_alone():
         if "_xla_megascale_reduce_operation" in line
     }
     assert kinds == {"SUM"}
-    for c in collectives(text, 32):
+    for c in collectives(text):
         assert all(len({position // 16 for position in group}) == 1 for group in c.groups)
 
 

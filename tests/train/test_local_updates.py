@@ -11,12 +11,12 @@ import pytest
 from lmeff.compress.base import State
 from lmeff.core.errors import ConfigError
 from lmeff.parallel.compressed import Reduce
+from lmeff.parallel.hlo import collectives
 from lmeff.parallel.mesh import MeshPlan, make_layout, place_batch
 from lmeff.train.evaluate import make_eval_step
 from lmeff.train.local_updates import LocalUpdates, turns
 from lmeff.train.optim import OptimConfig
 from lmeff.train.step import Frozen, make_train_step
-from tests.layouts.hlo import collectives
 from tests.layouts.trial import UNOPTIMIZED
 from tests.train.tiny_run import dying, fingerprint, make_batch, make_job, make_runtime, make_state, run
 

@@ -11,6 +11,7 @@ from lmeff.parallel.mesh import MeshPlan
 from lmeff.train.checkpoint import Checkpointer
 from lmeff.train.loop import Diverged, TrainConfig
 from lmeff.train.metrics import read_metrics
+from lmeff.train.state import with_compression
 from tests.train.tiny_run import OPTIM, STEPS, dying, fingerprint, make_batch, make_job, make_runtime, make_state, run
 
 LOGGED = [1, 3, 4, 6, 8, 9, 12]
@@ -141,3 +142,11 @@ def test_config_refuses():
         with pytest.raises(ConfigError, match=f"train.{field}: got 0, expected at least 1"):
             TrainConfig(**{field: 0})
     assert TrainConfig(steps=0).steps == 0
+
+
+def test_what_goes_on_with_an_earlier_compression_averages_from_there(straight):
+    earlier = straight[1]
+    state = with_compression(make_state(make_runtime(OPTIM, STEPS)), earlier.compression)
+    for part in (state.trainable, state.ema):
+        jax.tree.map(np.testing.assert_array_equal, part.compression, earlier.trainable.compression)
+    jax.tree.map(np.testing.assert_array_equal, state.auxiliary, earlier.auxiliary)

@@ -1,0 +1,85 @@
+"""Formulas of the bytes that a step moves are what the compiled step moves, by kind of collective and mesh axes.
+
+XLA for the CPU leaves an all-reduce and a slice where XLA for TPUs makes a reduce-scatter: hence `scatters=False`.
+"""
+
+import functools
+
+import pytest
+
+from lmeff.parallel.collective import volumes
+from lmeff.parallel.hlo import collectives
+from lmeff.parallel.volume import volume
+from lmeff.parallel.workload import Step, branch_counts
+from tests.layouts.test_pipeline import ROWS as PIPELINE_ROWS
+from tests.layouts.test_pipeline import program
+from tests.layouts.trial import MODELS, ROWS, TOKENS, Mesh, compile_step, make_inputs, make_runtime, run
+
+CHUNK = 8  # of the trial's loss
+REGIONS = {
+    "data4-fsdp2": Mesh(data=4, fsdp=2, accumulate=2, remat="names"),
+    "data2-fsdp2-tensor2": Mesh(data=2, fsdp=2, tensor=2, accumulate=4, model="tied"),
+    "zero1-fsdp4-tensor2": Mesh(fsdp=4, tensor=2, zero=1, accumulate=2, model="tied"),
+    "pipe4": Mesh(pipe=4, accumulate=8, stash="residuals", model="four"),
+    "interleaved-pipe2-tensor2": Mesh(
+        pipe=2, tensor=2, accumulate=4, schedule="interleaved", chunks=2, stash="residuals", remat="full", model="four"
+    ),
+    "pipe2-fsdp2-tensor2": Mesh(pipe=2, fsdp=2, tensor=2, accumulate=4, model="four"),
+}
+AUTOMATIC = {
+    "data8": Mesh(data=8),
+    "fsdp8": Mesh(fsdp=8),
+    "tensor8": Mesh(tensor=8, model="tied"),
+    "zero1-data2-fsdp4": Mesh(data=2, fsdp=4, zero=1),
+    "zero2-fsdp8": Mesh(fsdp=8, zero=2),
+    "data2-fsdp2-tensor2": Mesh(data=2, fsdp=2, tensor=2),
+    "fsdp2-tensor4-full": Mesh(fsdp=2, tensor=4, remat="full"),
+}
+SHARED = {"data8", "fsdp8", "tensor8", "data4-fsdp2"}  # the tests of equality compile them anyway
+SLOW = {"data2-fsdp2-tensor2", "zero1-fsdp4-tensor2", "zero1-data2-fsdp4"}
+
+
+@functools.cache
+def text(mesh, shared):
+    """The compiled step."""
+    if mesh.pipe == 4:
+        return program(mesh.schedule, mesh.accumulate, mesh.stash)[0]
+    if shared:
+        return run(mesh, "plain").text
+    rt = make_runtime(mesh, "plain")
+    return compile_step(rt, *make_inputs(rt, mesh)).as_text()
+
+
+def step_of(mesh, stage=0):
+    rows = PIPELINE_ROWS * mesh.accumulate if mesh.pipe == 4 else ROWS
+    sizes = {"devices": mesh.devices, "rows": rows, "tokens": TOKENS, "chunk": CHUNK}
+    knobs = {"accumulate": mesh.accumulate, "remat": mesh.remat, "stage": stage}
+    return Step(cfg=MODELS[mesh.model], plan=mesh.plan, **sizes, **knobs)
+
+
+def both(name, mesh, stage=0):
+    step = step_of(mesh, stage)
+    return volumes(collectives(text(mesh, name in SHARED), branch_counts(step)), step.degrees), volume(
+        step, scatters=False
+    )
+
+
+def cases(meshes):
+    return [
+        pytest.param(name, mesh, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, mesh in meshes.items()
+    ]
+
+
+@pytest.mark.parametrize(("name", "mesh"), cases(REGIONS))
+def test_regions_move_what_the_formula_says_to_the_byte(name, mesh):
+    for stage in range(mesh.pipe):
+        got, want = both(name, mesh, stage)
+        assert got == want, stage
+
+
+@pytest.mark.parametrize(("name", "mesh"), cases(AUTOMATIC))
+def test_what_xla_places_is_within_two_percent(name, mesh):
+    got, want = both(name, mesh)
+    assert got.keys() == want.keys()
+    for key, moved in got.items():
+        assert moved == pytest.approx(want[key], rel=0.02), key
