@@ -2,6 +2,7 @@
 VENV ?= .venv
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 BIN := $(VENV)/bin
+SLOW ?= .venv-slow
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile  # a process a core; a file's tests share what they compiled
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -14,8 +15,8 @@ demo: $(VENV)/demo.installed  ## Train, compress and report the quickstart; goes
 test: $(VENV)/test.installed  ## Everything but the tests marked slow.
 	$(PYTEST) -m "not slow"
 
-test-slow: $(VENV)/test.installed  ## What `make test` leaves out.
-	$(PYTEST) --dist worksteal -m slow
+test-slow: $(SLOW)/slow.installed  ## What `make test` leaves out; in an environment that can also compile for TPUs.
+	$(subst $(BIN),$(SLOW)/bin,$(PYTEST)) --dist worksteal -m slow
 
 lint: $(VENV)/lint.installed $(VENV)/test.installed  ## Style, types, and which module may import which.
 	$(BIN)/ruff check .
@@ -39,9 +40,16 @@ $(VENV)/test.installed: pyproject.toml | $(BIN)/python
 	$(INSTALL) -e '.[test]'
 	@touch $@
 
+# With libtpu beside it JAX looks for TPUs first, and says so; hence not in the environment of the demo.
+$(SLOW)/slow.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "lmeff needs Python 3.11 or newer and found none" >&2; exit 1; }
+	$(PYTHON) -m venv $(SLOW)
+	$(SLOW)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,tpu]'
+	@touch $@
+
 $(VENV)/lint.installed: pyproject.toml | $(BIN)/python
 	$(INSTALL) -e '.[lint]'
 	@touch $@
 
 clean:  ## Removes environments and caches; runs stay.
-	rm -rf $(VENV) .venv-newest .jax_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(SLOW) .venv-newest .jax_cache .pytest_cache .ruff_cache .import_linter_cache
