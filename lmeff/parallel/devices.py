@@ -1,4 +1,4 @@
-"""Devices to lay a mesh on: those of this machine, simulated ones on its CPU, and TPUs that are not here.
+"""Devices to lay a mesh on: those of this machine, real or simulated on its CPU, and TPUs that are not here.
 
 libtpu compiles for any TPU topology on a machine without TPUs, so memory and collectives of a pod's program are known before a pod is rented:
 `make_layout(plan, topology("v5e:4x4"))`. Such devices compile and hold nothing.
@@ -93,12 +93,6 @@ def topology(name: str) -> list[Any]:
             f"topology: got '{name}', expected a shape that this family is built in (multiples of 2, such as 4x4 or 4x4x4); libtpu says: {reason}"
         ) from error
     return list(found.devices)
-
-
-def simulate_cpu(count: int) -> None:
-    """So many simulated devices on the CPU, in place of whatever this machine has; works until JAX has looked for devices."""
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", count)
 
 
 def slices(devices: Sequence[Any]) -> int:
