@@ -53,15 +53,15 @@ CASES = {
         ("plain", MESHES[15]),
     ],
     "ZeRO": [
-        ("all", Mesh(fsdp=4, tensor=2, zero=1, accumulate=2)),
         ("plain", Mesh(fsdp=8, zero=0)),
+        ("all", Mesh(fsdp=4, tensor=2, zero=1, accumulate=2)),
         ("plain", Mesh(fsdp=8, zero=1, model="tied")),
         ("mask", Mesh(data=2, fsdp=4, zero=2, remat="full")),
         ("weights", Mesh(data=2, fsdp=2, tensor=2, zero=2, accumulate=2)),
     ],
     "slices": [
-        ("teacher", Mesh(dcn=2, fsdp=4)),
         ("plain", Mesh(dcn=2, data=2, tensor=2, accumulate=2, remat="names")),
+        ("teacher", Mesh(dcn=2, fsdp=4)),
         ("weights", Mesh(dcn=2, fsdp=2, pipe=2, accumulate=2)),
         ("plain", Mesh(dcn=2, expert=2, tensor=2, model="moe")),
         ("mask", Mesh(dcn=2, fsdp=2, context=2, accumulate=2)),
@@ -87,8 +87,8 @@ CASES = {
         ("plain", Mesh(expert=2, context=2, data=2, model="moe")),
     ],
     "experts": [
-        ("all", Mesh(expert=2, fsdp=2, tensor=2, model="moe")),
         ("plain", Mesh(expert=4, tensor=2, model="moe", remat="full")),
+        ("all", Mesh(expert=2, fsdp=2, tensor=2, model="moe")),
         ("mask", Mesh(expert=4, data=2, model="moe", accumulate=2)),
         ("all", Mesh(pipe=2, expert=2, fsdp=2, model="moe", accumulate=2, schedule="zbv")),
         ("plain", Mesh(pipe=2, expert=2, tensor=2, model="moe", accumulate=2, stash="residuals")),

@@ -33,6 +33,9 @@ PLANS = {name: dataclasses.replace(mesh, model="six") for name, mesh in PLANS.it
 }
 
 
+pytestmark = pytest.mark.slow
+
+
 class Saved(NamedTuple):
     """A checkpoint after one step under a plan, the digests of its state, and the loss of the next step there."""
 
@@ -95,9 +98,7 @@ def saved(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if mesh.model == "moe" else ()) for name, mesh in PLANS.items()]
-)
+@pytest.mark.parametrize("name", PLANS)
 def test_goes_on_from_every_plan_s_checkpoint(name, saved):
     made = bench(name)
     for writer in (other for other, mesh in PLANS.items() if mesh.model == PLANS[name].model):

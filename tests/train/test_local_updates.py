@@ -145,7 +145,9 @@ def killed():
 @pytest.mark.parametrize(
     "fields",
     [
-        {"local": FRAGMENTS, "reduce": Reduce(method="powersgd"), "compressed": False},
+        pytest.param(
+            {"local": FRAGMENTS, "reduce": Reduce(method="powersgd"), "compressed": False}, marks=pytest.mark.slow
+        ),
         pytest.param({"local": FRAGMENTS}, marks=pytest.mark.slow),
         pytest.param({"reduce": Reduce()}, marks=pytest.mark.slow),
         pytest.param({"reduce": Reduce(method="powersgd")}, marks=pytest.mark.slow),
