@@ -68,4 +68,4 @@ def test_forced_devices_and_a_second_process_on_the_same_run(tmp_path):
     assert "in use by process" in err
     report = finish(first)
     assert report["environment"]["devices"].startswith("4 x")
-    assert report["environment"]["mesh"] == "data 2, fsdp 2, tensor 1"
+    assert report["environment"]["mesh"] == "data 2, fsdp 2"

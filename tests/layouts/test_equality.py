@@ -72,7 +72,7 @@ CASES = {
         ("plain", Mesh(pipe=4, tensor=2, accumulate=4, model="uneven", stash="residuals")),
         ("mask", Mesh(pipe=2, accumulate=4, schedule="gpipe", model="uneven", data=4)),
         ("weights", Mesh(pipe=2, tensor=4, accumulate=2, schedule="1f1b", model="tied", remat="dots")),
-        ("plain", Mesh(pipe=2, fsdp=4, accumulate=3, schedule="zbv", model="deep", zero=1)),
+        ("plain", Mesh(pipe=2, fsdp=4, accumulate=4, schedule="zbv", model="deep", zero=1)),
         ("teacher", Mesh(pipe=2, data=2, fsdp=2, accumulate=4, schedule="zb-h2", stash="residuals", zero=2)),
         ("plain", Mesh(pipe=2, data=2, tensor=2, accumulate=4, schedule="circular", chunks=2, model="four")),
         ("plain", Mesh(pipe=8, accumulate=8, schedule="zb-h1", model="deep")),
