@@ -170,6 +170,10 @@ class Layout:
         alone = self.single and self.platform == "cpu"
         return 8 if alone and remat == "none" else 1
 
+    def describe(self, between: str = " x ") -> str:
+        """The axes that cut anything: "pipe 2 x fsdp 4"."""
+        return between.join(f"{axis} {n}" for axis, n in self.mesh.shape.items() if n > 1) or "one device"
+
     def partition(self, letters: str, shape: Sequence[int] | None = None) -> P:
         """The partition of a tensor by its letters. With a shape, a dim is cut over as many of its axes as divide it."""
         taken: dict[int, tuple[str, ...]] = {}

@@ -79,9 +79,10 @@ def open_workshop(
     corpus = _corpus(experiment, directory / "data")
     console.print(f"data: {corpus.describe()}", highlight=False, soft_wrap=True)
     layout = make_layout(experiment.mesh)
-    mesh = " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    console.print(f"mesh: {mesh} on {jax.devices()[0].device_kind}{processes}", highlight=False, soft_wrap=True)
+    console.print(
+        f"mesh: {layout.describe()} on {jax.devices()[0].device_kind}{processes}", highlight=False, soft_wrap=True
+    )
     for cfg in dict.fromkeys(shapes.values()):
         warn(leaf_table(param_specs(cfg), layout, parse(experiment.precision).params), console)
     return Workshop(

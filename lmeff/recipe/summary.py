@@ -180,7 +180,7 @@ def _environment(shop: Workshop) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "devices": f"{jax.device_count()} x {device.device_kind}",
-        "mesh": ", ".join(f"{axis} {n}" for axis, n in shop.layout.mesh.shape.items() if n > 1) or "one device",
+        "mesh": shop.layout.describe(", "),
     }
 
 
