@@ -163,9 +163,11 @@ def _stop(peers: Peers, received: list[int]) -> None:
 
 
 def _first_failure(peers: Peers) -> Stopped:
-    """What went wrong first. A peer's death makes errors in others, so those that ended meanwhile are put in order of time."""
-    failed = [(index, code) for index, process in enumerate(peers.processes) if (code := process.poll())]
-    found = {index: failure_of(index, peers.folder) for index, _ in failed}
+    """What went wrong first. A peer's death makes errors in others, so the reasons are put in order of time; one may be told before its process ends."""
+    codes = [process.poll() for process in peers.processes]
+    found = [failure_of(index, peers.folder) for index in range(len(codes))]
+    ends = [code or (failure.exit_code if failure else 0) for code, failure in zip(codes, found)]
+    failed = [(index, code) for index, code in enumerate(ends) if code]
     index, code = min(failed, key=lambda pair: _rank(pair[1], found[pair[0]]))
     return _told(index, code, found[index], peers)
 

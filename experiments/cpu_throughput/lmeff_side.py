@@ -7,17 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from shapes import Shape
 
-from lmeff.compress.base import identity
 from lmeff.core.batch import Batch
 from lmeff.core.precision import Policy
 from lmeff.core.specs import initialize
 from lmeff.core.tree import flatten, unflatten
-from lmeff.distill.objectives import Projection, head_objective
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import MeshPlan, make_layout
 from lmeff.train.loop import compile_step, place_batch
-from lmeff.train.optim import make_optimizer
-from lmeff.train.runtime import Frozen, Model, Runtime
+from lmeff.train.runtime import Frozen, plain_runtime
 from lmeff.train.state import create_state
 
 
@@ -29,20 +26,9 @@ def initial_weights(shape: Shape) -> dict[str, np.ndarray]:
 
 def make_step(shape: Shape, weights: dict[str, np.ndarray], tokens: np.ndarray) -> Callable[[], float]:
     """A step on a fixed batch [B, T + 1] from these weights; gives the loss."""
-    cfg, policy, compression, specs = shape.model, Policy(), identity(), param_specs(shape.model)
     layout = make_layout(MeshPlan())
-    tx = make_optimizer(shape.optim, 1000, policy=policy, specs=specs)
-    rt = Runtime(
-        student=Model(cfg),
-        teacher=None,
-        specs=specs,
-        compression=compression,
-        objective=head_objective(Projection(cfg)),
-        tx=tx,
-        layout=layout,
-        policy=policy,
-    )
-    state = create_state(unflatten(weights), specs, compression, tx, layout, ema=False)
+    rt = plain_runtime(shape.model, layout, shape.optim, policy=Policy())
+    state = create_state(unflatten(weights), rt.specs, rt.compression, rt.tx, layout, ema=False)
     batch = place_batch(_one_document_a_row(tokens), layout)
     compiled = compile_step(rt, state, batch, Frozen())
 

@@ -18,16 +18,13 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from lmeff.compress.config import build
 from lmeff.core.precision import parse
-from lmeff.distill.objectives import Projection, head_objective
 from lmeff.models.config import preset
-from lmeff.models.transformer import param_specs
 from lmeff.parallel.devices import topology
 from lmeff.parallel.mesh import MeshPlan, make_layout
 from lmeff.train.loop import compile_step
-from lmeff.train.optim import OptimConfig, make_optimizer
-from lmeff.train.runtime import Frozen, Model, Runtime
+from lmeff.train.optim import OptimConfig
+from lmeff.train.runtime import Frozen, plain_runtime
 from lmeff.train.state import abstract_batch, abstract_state
 
 BARS = {"v5e:4x4": 6.1, "v5p:4x4x4": 5.2, "v5e:16x16": 5.1}  # GiB of temporaries a chip
@@ -40,20 +37,8 @@ def measure(name: str, shape: str) -> dict[str, Any]:
     """Compiles the step for a topology, one row a chip, everything cut over all chips, the block's input alone kept."""
     devices = topology(name)
     layout = make_layout(MeshPlan(fsdp=len(devices)), devices)
-    cfg, policy, compression = preset(shape), parse(PRECISION), build(())
-    specs = param_specs(cfg)
-    rt = Runtime(
-        student=Model(cfg),
-        teacher=None,
-        specs=specs,
-        compression=compression,
-        objective=head_objective(Projection(cfg)),
-        tx=make_optimizer(OptimConfig(), 1000, policy=policy, specs=specs),
-        layout=layout,
-        policy=policy,
-        remat="full",
-    )
-    state = abstract_state(specs, compression, rt.tx, layout)
+    rt = plain_runtime(preset(shape), layout, OptimConfig(), policy=parse(PRECISION), remat="full")
+    state = abstract_state(rt.specs, rt.compression, rt.tx, layout)
     began = time.perf_counter()
     memory = compile_step(rt, state, abstract_batch(len(devices), TOKENS, layout), Frozen()).memory_analysis()
     return {

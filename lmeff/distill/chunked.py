@@ -74,17 +74,19 @@ def chunked_head(
         d_hidden = d_hidden.reshape(-1, *hidden_ND.shape[1:])[: hidden_ND.shape[0]]
         return sums, (d_hidden, d_head)
 
-    def pull(gradients: Any, cotangent: Any) -> Any:
-        scale = cotangent[0]
-        d_hidden, d_head = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients)
-        return d_hidden, d_head, None, None
-
     call = jax.custom_vjp(value)
-    call.defvjp(save, pull)
+    call.defvjp(save, _scaled)
     # Each part of the vocabulary gives its part of the hidden states' gradient, and each part of the rows its part of the head's, in float32; the
     # casts' own gradients add them up, once and not in every chunk. Sums are added outside too: so it is right whether or not `jax.shard_map` checks.
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), head)
     return _psum(call(_vary(hidden_ND, vocab_only), _vary(wide, rows_only), rows, extras), batch_axes)
+
+
+def _scaled(gradients: Any, cotangent: Any) -> Any:
+    """The backward pass: gradients were made in the forward pass, for a cotangent of 1."""
+    scale = cotangent[0]
+    d_hidden, d_head = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients)
+    return d_hidden, d_head, None, None
 
 
 def _without(axes: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:

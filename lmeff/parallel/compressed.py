@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from lmeff.core.errors import ConfigError
 from lmeff.core.specs import ParamSpec
 from lmeff.core.tree import Tree, flatten
-from lmeff.parallel.mesh import ZERO_AXIS, names
+from lmeff.parallel.mesh import ZERO_AXIS, is_cut, names
 from lmeff.parallel.region import EXACT, Reducer, Region, reduce
 
 SEED = 0x5EED
@@ -113,10 +113,6 @@ def _exchange(region: Region, x: jax.Array, cut: P, key: jax.Array, block: int) 
     return total.reshape(shape) if dim is None else jnp.moveaxis(total.reshape(shape), 0, dim)
 
 
-def _is_cut(x: Any) -> bool:
-    return isinstance(x, P)
-
-
 class Factored(NamedTuple):
     """What PowerSGD keeps of a leaf.
 
@@ -156,7 +152,7 @@ def _powersgd(config: Reduce, specs: Tree) -> Reducer:
     def chosen(tree: Any) -> dict[int, tuple[str, ParamSpec]]:
         """The leaves, by position, that are matrices which two factors are smaller than."""
         found = {}
-        for i, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_cut)[0]):
+        for i, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_cut)[0]):
             keys = "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
             spec = flat.get(keys)
             if spec is None or not spec.is_matmul or not isinstance(path[-1], jax.tree_util.DictKey):
@@ -183,7 +179,7 @@ def _powersgd(config: Reduce, specs: Tree) -> Reducer:
     def partitions(region: Region, state: Any) -> Any:
         if state is None:
             return None
-        cuts, found = jax.tree.leaves(region.cuts, is_leaf=_is_cut), {}
+        cuts, found = jax.tree.leaves(region.cuts, is_leaf=is_cut), {}
         for i, (path, spec) in chosen(region.cuts).items():
             cut, whole = cuts[i], [tuple(a for a in names(entry) if a != ZERO_AXIS) or None for entry in cuts[i]]
             stacks = [whole[j] for j, letter in enumerate(spec.letters) if letter in "LE"]
@@ -199,7 +195,7 @@ def _powersgd(config: Reduce, specs: Tree) -> Reducer:
                 path, spec = matrices[i]
                 leaves[i], kept[path] = _project(region, x, cuts[i], spec, state[path])
             else:
-                leaves[i] = reduce(x, cuts[i], region.axes)
+                leaves[i] = region.sum(x, cuts[i])
         return tree.unflatten(leaves), kept
 
     return Reducer(init, partitions, apply)

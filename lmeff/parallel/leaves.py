@@ -12,7 +12,7 @@ from lmeff.core.specs import ParamSpec
 from lmeff.core.tree import Tree, flatten
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
-from lmeff.parallel.mesh import LETTER_AXES, ZERO_AXIS, Layout
+from lmeff.parallel.mesh import LETTER_AXES, ZERO_AXIS, Layout, names
 
 LARGE = 2**20  # bytes on a device from which a copy that nobody asked for is worth a word
 
@@ -50,7 +50,7 @@ def leaf_table(specs: Tree, layout: Layout, dtype: Any = jnp.float32) -> list[Le
 
 def _leaf(path: str, spec: ParamSpec, layout: Layout, item: int) -> Leaf:
     cut = layout.partition(spec.letters, spec.shape)
-    axes = [() if dim is None else (dim,) if isinstance(dim, str) else tuple(dim) for dim in cut]
+    axes = [names(dim) for dim in cut]
     used = {axis for dim in axes for axis in dim}
     parts = layout.size(tuple(used))
     return Leaf(

@@ -267,12 +267,17 @@ def names(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
+def is_cut(x: Any) -> bool:
+    """Whether this is a partition: a leaf of a tree of them, though JAX may see a tuple."""
+    return isinstance(x, P)
+
+
 def restrict(cuts: Any, axes: Collection[str]) -> Any:
     """A tree of partitions with just these axes left in them."""
     return jax.tree.map(
         lambda cut: P(*(tuple(a for a in names(entry) if a in axes) or None for entry in cut)),
         cuts,
-        is_leaf=lambda x: isinstance(x, P),
+        is_leaf=is_cut,
     )
 
 

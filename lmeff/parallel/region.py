@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from lmeff.core.batch import Batch
-from lmeff.parallel.mesh import ZERO_AXIS, Layout, names, restrict
+from lmeff.parallel.mesh import ZERO_AXIS, Layout, is_cut, names, restrict
 
 Sums = dict[str, jax.Array]
 LossFn = Callable[[Layout, Any, Any, Batch, Any], tuple[jax.Array, Sums]]
@@ -49,10 +49,6 @@ def split_rows(batch: Batch, microbatches: int) -> Batch:
     return jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
 
 
-def _is_cut(x: Any) -> bool:
-    return isinstance(x, P)
-
-
 def gather(tree: Any, cuts: Any) -> Any:
     """Inside a region, and inside what other axes still cut (`Layout.on_parts`: else XLA gathers over these as well): every leaf whole over fsdp."""
 
@@ -62,7 +58,7 @@ def gather(tree: Any, cuts: Any) -> Any:
                 x = jax.lax.all_gather(x, ZERO_AXIS, axis=dim, tiled=True)
         return x
 
-    return jax.tree.map(leaf, cuts, tree, is_leaf=_is_cut)
+    return jax.tree.map(leaf, cuts, tree, is_leaf=is_cut)
 
 
 def reduce(tree: Any, cuts: Any, axes: tuple[str, ...]) -> Any:
@@ -78,7 +74,7 @@ def reduce(tree: Any, cuts: Any, axes: tuple[str, ...]) -> Any:
         left = tuple(axis for axis in axes if axis not in dims)
         return jax.lax.psum(x, left) if left else x
 
-    return jax.tree.map(leaf, cuts, tree, is_leaf=_is_cut)
+    return jax.tree.map(leaf, cuts, tree, is_leaf=is_cut)
 
 
 class Region(NamedTuple):
@@ -97,6 +93,10 @@ class Region(NamedTuple):
         own = tuple(axis for axis in self.axes if axis not in cutting)
         return (ZERO_AXIS, *own) if ZERO_AXIS in cutting and ZERO_AXIS in self.axes else own
 
+    def sum(self, grads: Any, cuts: Any) -> Any:
+        """`reduce` of gradients with these partitions; what other axes cut stays cut on the way."""
+        return self.layout.on_parts(functools.partial(reduce, cuts=cuts, axes=self.axes), (cuts,), cuts)(grads)
+
 
 class Reducer(NamedTuple):
     """How the gradients of single devices become those of the batch.
@@ -111,12 +111,11 @@ class Reducer(NamedTuple):
     apply: Callable[[Region, Any, Any, jax.Array], tuple[Any, Any]]
 
 
-def _exact(region: Region, grads: Any, state: Any, step: jax.Array) -> tuple[Any, Any]:
-    own = functools.partial(reduce, cuts=region.cuts, axes=region.axes)
-    return region.layout.on_parts(own, (region.cuts,), region.cuts)(grads), state
-
-
-EXACT = Reducer(init=lambda region, trainable: None, cuts=lambda region, state: None, apply=_exact)
+EXACT = Reducer(
+    init=lambda region, trainable: None,
+    cuts=lambda region, state: None,
+    apply=lambda region, grads, state, step: (region.sum(grads, region.cuts), state),
+)
 
 
 class Kept(NamedTuple):

@@ -73,6 +73,10 @@ class Products(NamedTuple):
     pull: Any = None
     leaves: tuple[int | None, ...] = ()
 
+    def stored(self, leaves: list[Any]) -> list[Any]:
+        """Of a pull's leaves, those that must be stored for it."""
+        return [leaf for leaf, place in zip(leaves, self.leaves, strict=True) if place is None]
+
     @property
     def letters_by_shape(self) -> dict[tuple[int, ...], str]:
         """Letters of what a layer saves, as far as its shape tells: that of a product's input or output."""
@@ -134,18 +138,18 @@ def products_of(model: SliceModel, layer: Slice, x_BTD: Any, batch: Any) -> Prod
 
 def _with_pull(model: SliceModel, products: Products, layer: Slice, x_BTD: Any, batch: Any) -> Products:
     """Adds what is known of a layer's pull."""
-    found: dict[str, Any] = {}
+    found: list[Products] = []
 
     def run(layer: Slice, x: jax.Array, batch: Batch) -> tuple[Saved, Arrays]:
         layer = _cast(model, layer)
         known = _known(layer, batch)
         out, (leaves, pull), inputs = _differentiate(model, products, layer, x, batch)
-        places = [next((i for i, other in enumerate(known) if other is leaf), None) for leaf in leaves]
-        found.update(pull=pull, leaves=tuple(places))
-        return Saved([leaf for leaf, place in zip(leaves, places, strict=True) if place is None], inputs), out.sums
+        places = (next((i for i, other in enumerate(known) if other is leaf), None) for leaf in leaves)
+        found.append(products._replace(pull=pull, leaves=tuple(places)))
+        return Saved(found[0].stored(leaves), inputs), out.sums
 
     saved, sums = jax.eval_shape(run, layer, x_BTD, batch)
-    return products._replace(saved=saved, sums=sums, **found)
+    return found[0]._replace(saved=saved, sums=sums)
 
 
 def split_weights(model: SliceModel, blocks: Any) -> tuple[Any, Any]:
@@ -166,8 +170,7 @@ def save_slice(
 
     def step(x: jax.Array, layer: Slice) -> tuple[jax.Array, Any]:
         out, (leaves, _), inputs = _differentiate(model, products, layer, x, batch)
-        known = _known(layer, batch)
-        return out.y_BTD, (out.sums, Saved([leaf for leaf in leaves if not _among(leaf, known)], inputs))
+        return out.y_BTD, (out.sums, Saved(products.stored(leaves), inputs))
 
     y_BTD, (sums, saved) = jax.lax.scan(step, x_BTD, _cast(model, piece))
     return Out(y_BTD, sums), saved
@@ -218,10 +221,6 @@ def _cast(model: SliceModel, piece: Slice) -> Slice:
 def _known(layer: Slice, batch: Batch) -> list[Any]:
     """What a pull may hold that needs not be stored: it is there anyway when the pull is called."""
     return jax.tree.leaves((layer, batch))
-
-
-def _among(leaf: Any, known: list[Any]) -> bool:
-    return any(leaf is other for other in known)
 
 
 def weight_gradients(

@@ -13,7 +13,7 @@ from lmeff.core.ops import Ranges
 from lmeff.core.precision import Policy
 from lmeff.models.moe import auxiliary as routing_loss
 from lmeff.models.transformer import Output, param_specs, substate
-from lmeff.parallel.mesh import Layout, partitions
+from lmeff.parallel.mesh import Layout, is_cut, partitions
 from lmeff.parallel.pipeline import Counts, Losses, Member, Share, run_pipeline
 from lmeff.parallel.program import compile_schedule
 from lmeff.parallel.region import split_rows
@@ -79,7 +79,7 @@ def staged(model: Model, layout: Layout, schedule: Schedule, params: Any) -> Any
         own = functools.partial(take_layers, table=table, cut=cut)
         return layout.on_parts(own, (part,), P(None, None, *part[1:]))(x) if any(part) else own(x)
 
-    return {**params, "blocks": jax.tree.map(take, parts, params["blocks"], is_leaf=lambda x: isinstance(x, P))}
+    return {**params, "blocks": jax.tree.map(take, parts, params["blocks"], is_leaf=is_cut)}
 
 
 def member(

@@ -28,9 +28,10 @@ below = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
 while len(list(folder.glob("*.pids"))) < seat["count"]:
     time.sleep(0.01)
 
-def told(message, code, at):
-    Path(seat["folder"], str(index)).write_text(json.dumps({{"message": message, "exit_code": code, "at": at}}))
-    os._exit(code)
+def tell(message, code, at):
+    part = folder / f"{{index}}.part"
+    part.write_text(json.dumps({{"message": message, "exit_code": code, "at": at}}))
+    part.rename(Path(seat["folder"], str(index)))
 """
 
 
@@ -69,7 +70,17 @@ def test_a_killed_process_ends_all(tmp_path):
 
 
 def test_the_reason_that_came_first_is_told_whoever_ended_first(tmp_path):
-    script = "told('the cause', 4, 1) if index == 1 else told('a consequence', 5, 2) if index == 2 else time.sleep(120)"
+    """Process 1 has told its reason and lives on when process 2 ends, as when it is slow to let go of its devices."""
+    script = """
+if index == 1:
+    tell("the cause", 4, 1)
+if index == 2:
+    while not Path(seat["folder"], "1").exists():
+        time.sleep(0.01)
+    tell("a consequence", 5, 2)
+    os._exit(5)
+time.sleep(120)
+"""
     with pytest.raises(Stopped, match=r"^the cause$") as caught:
         start(tmp_path, script)
     assert caught.value.exit_code == 4

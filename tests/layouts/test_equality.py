@@ -13,7 +13,7 @@ from lmeff.distill.objectives import Projection, token_nll
 from lmeff.models.transformer import forward
 from lmeff.parallel.mesh import AXES
 from lmeff.parallel.seam import layout_ops
-from tests.layouts.trial import SHARP, UNOPTIMIZED, Mesh, make_inputs, make_runtime, relative, run
+from tests.layouts.trial import SHARP, UNOPTIMIZED, Mesh, assert_equals_one_device, make_inputs, make_runtime, run
 
 MESHES = [
     Mesh(data=8),
@@ -126,18 +126,7 @@ def one(mesh):
 
 @pytest.mark.parametrize(("mesh", "feature"), list(cases()))
 def test_equals_one_device(mesh, feature):
-    got, want = run(mesh, feature), run(one(mesh), feature)
-    for key in ("loss", "objective", *(["kl"] if feature in ("teacher", "all") else [])):
-        assert abs(got.metrics[0][key] / want.metrics[0][key] - 1) <= 1e-6, key
-    assert got.gradients.keys() == want.gradients.keys()
-    for path, gradient in want.gradients.items():
-        assert np.abs(gradient).max() > 0, path
-        assert relative(got.gradients[path], gradient) <= 1e-5, path
-    for path, value in want.auxiliary.items():
-        assert (got.auxiliary[path] == value).all(), path
-    for path, value in want.final.items():
-        assert np.abs(got.final[path] - value).max() <= 1e-5, path
-    assert want.metrics[-1]["objective"] < want.metrics[0]["objective"]
+    assert_equals_one_device(mesh, feature)
 
 
 @pytest.mark.parametrize("mesh", [pytest.param(mesh, id=name(mesh), marks=pytest.mark.slow) for mesh in MESHES[:9]])

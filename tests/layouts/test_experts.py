@@ -17,7 +17,7 @@ from lmeff.parallel.hlo import collectives
 from lmeff.parallel.mesh import MeshPlan
 from lmeff.parallel.region import Kept, regional
 from lmeff.parallel.seam import layout_ops
-from tests.layouts.trial import MODELS, ROWS, TOKENS, Mesh, make_batch, relative, run
+from tests.layouts.trial import MODELS, ROWS, TOKENS, Mesh, assert_equals_one_device, make_batch, relative, run
 
 EIGHT = Mesh(expert=8, model="capacity")
 EIGHT_DROPLESS = Mesh(expert=8, model="experts")
@@ -62,20 +62,10 @@ PARAMS = [pytest.param(*case, id=name(*case), marks=() if case in FAST else pyte
 
 @pytest.mark.parametrize(("mesh", "feature"), PARAMS)
 def test_equals_one_device(mesh, feature):
-    got, want = run(mesh, feature), run(one(mesh), feature)
-    dropped = ["dropped"] if mesh.model == "capacity" else []
-    for key in ("loss", "objective", "balance", "router_z", *dropped):
-        assert abs(got.metrics[0][key] / want.metrics[0][key] - 1) <= 1e-6, key
-    assert not dropped or want.metrics[0]["dropped"] > 0.1
-    assert got.gradients.keys() == want.gradients.keys()
-    for path, gradient in want.gradients.items():
-        assert np.abs(gradient).max() > 0, path
-        assert relative(got.gradients[path], gradient) <= 1e-5, path
-    for path, value in want.auxiliary.items():
-        assert (got.auxiliary[path] == value).all(), path
-    for path, value in want.final.items():
-        assert np.abs(got.final[path] - value).max() <= 1e-5, path
-    assert want.metrics[-1]["objective"] < want.metrics[0]["objective"]
+    assert_equals_one_device(mesh, feature)
+    told = run(one(mesh), feature).metrics[0]
+    assert {"balance", "router_z"} <= told.keys()
+    assert mesh.model != "capacity" or told["dropped"] > 0.1
 
 
 def layer_gradients(mesh):

@@ -215,6 +215,27 @@ def run(mesh, feature_name):
     )
 
 
+COMPARED = ("loss", "objective", "kl", "balance", "router_z", "dropped")
+
+
+def assert_equals_one_device(mesh, feature):
+    """Losses, gradients, the compression's state, and the parameters after five steps."""
+    got, want = run(mesh, feature), run(Mesh(model=mesh.model), feature)
+    keys = want.metrics[0].keys() & set(COMPARED)
+    assert {"loss", "objective", *(["kl"] if FEATURES[feature].distill else [])} <= keys
+    for key in keys:
+        assert abs(got.metrics[0][key] / want.metrics[0][key] - 1) <= 1e-6, key
+    assert got.gradients.keys() == want.gradients.keys()
+    for path, gradient in want.gradients.items():
+        assert np.abs(gradient).max() > 0, path
+        assert relative(got.gradients[path], gradient) <= 1e-5, path
+    for path, value in want.auxiliary.items():
+        assert (got.auxiliary[path] == value).all(), path
+    for path, value in want.final.items():
+        assert np.abs(got.final[path] - value).max() <= 1e-5, path
+    assert want.metrics[-1]["objective"] < want.metrics[0]["objective"]
+
+
 def by_path(tree):
     return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 

@@ -8,7 +8,7 @@ import pytest
 from lmeff.parallel.hlo import collectives
 from lmeff.train.evaluate import make_eval_step
 from tests.layouts.traffic import received
-from tests.layouts.trial import MODELS, ROWS, TOKENS, Mesh, make_inputs, make_runtime, relative, run
+from tests.layouts.trial import MODELS, ROWS, TOKENS, Mesh, assert_equals_one_device, make_inputs, make_runtime, run
 
 SEQUENCE_PARALLEL = Mesh(context=4, tensor=2, remat="full", model="tied")
 STEPS = {
@@ -36,15 +36,7 @@ FAST = {
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in STEPS])
 def test_equals_one_device(name):
     feature, mesh = STEPS[name]
-    got, want = run(mesh, feature), run(Mesh(model=mesh.model), feature)
-    for key, value in want.metrics[0].items():
-        if key in ("loss", "objective", "kl"):
-            assert abs(got.metrics[0][key] / value - 1) <= 1e-6, key
-    for path, gradient in want.gradients.items():
-        assert np.abs(gradient).max() > 0, path
-        assert relative(got.gradients[path], gradient) <= 1e-5, path
-    for path, value in want.final.items():
-        assert np.abs(got.final[path] - value).max() <= 1e-5, path
+    assert_equals_one_device(mesh, feature)
 
 
 def groups_over(mesh, axis):

@@ -36,6 +36,7 @@ def test_devices_of_the_host_keep_their_order():
     assert list(found.flat) == jax.devices()
 
 
+@pytest.mark.tpu_aot
 @needs_libtpu
 @pytest.mark.parametrize("name", ["v4:2x2x4", "v5e:4x4", "v5e:4x4:2", "v5p:4x4x4", "v6e:4x4", "tpu7x:2x2x4"])
 def test_devices_of_a_topology(name):
@@ -46,6 +47,7 @@ def test_devices_of_a_topology(name):
     assert jax.default_backend() == "cpu"
 
 
+@pytest.mark.tpu_aot
 @needs_libtpu
 def test_shapes_that_are_not_built_are_refused():
     with pytest.raises(ConfigError, match=r"topology: got 'v5e:3x5', expected a shape .* libtpu says"):
@@ -58,6 +60,7 @@ def hops(devices):
     return np.abs(np.diff(coords, axis=0)).sum(-1)
 
 
+@pytest.mark.tpu_aot
 @needs_libtpu
 @pytest.mark.parametrize(
     ("name", "plan"),
@@ -76,6 +79,7 @@ def test_inner_axes_join_neighbours(name, plan):
     assert all((hops(line) == 1).all() for line in lines)
 
 
+@pytest.mark.tpu_aot
 @needs_libtpu
 def test_slices_are_joined_by_dcn_alone():
     layout = make_layout(MeshPlan(dcn=2, fsdp=4, tensor=4), topology("v5e:4x4:2"))

@@ -9,15 +9,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lmeff.compress.config import build
 from lmeff.core.precision import parse
-from lmeff.distill.objectives import Projection, head_objective
 from lmeff.models.config import ModelConfig
-from lmeff.models.transformer import param_specs
 from lmeff.parallel.devices import topology
 from lmeff.parallel.mesh import make_layout
-from lmeff.train.optim import OptimConfig, make_optimizer
-from lmeff.train.runtime import Frozen, Model, Runtime
+from lmeff.train.optim import OptimConfig
+from lmeff.train.runtime import Frozen, plain_runtime
 from lmeff.train.state import abstract_batch, abstract_state
 from lmeff.train.step import make_train_step
 
@@ -30,28 +27,13 @@ TOKENS = 256
 MIXED = parse("params=float32,compute=bfloat16,output=bfloat16,state=float32")
 
 
-def make_runtime(layout, cfg=CFG, remat="full", offload=False):
-    specs, compression = param_specs(cfg), build(())
-    return Runtime(
-        student=Model(cfg),
-        teacher=None,
-        specs=specs,
-        compression=compression,
-        objective=head_objective(Projection(cfg)),
-        tx=make_optimizer(OptimConfig(offload=offload), 100, policy=MIXED, specs=specs),
-        layout=layout,
-        policy=MIXED,
-        accumulate=2 * layout.plan.pipe if layout.plan.pipe > 1 else 1,
-        remat=remat,
-        offload=offload,
-    )
-
-
 @functools.cache
 def compiled(name, plan, rows, remat="full", offload=False):
     """(the state's shapes and shardings, the compiled step) of a plan on a topology."""
     layout = make_layout(plan, topology(name))
-    rt = make_runtime(layout, remat=remat, offload=offload)
+    accumulate = 2 * plan.pipe if plan.pipe > 1 else 1
+    optim = OptimConfig(offload=offload)
+    rt = plain_runtime(CFG, layout, optim, policy=MIXED, remat=remat, accumulate=accumulate)
     state = abstract_state(rt.specs, rt.compression, rt.tx, layout, offload=offload)
     out = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(make_train_step(rt), donate_argnums=0, out_shardings=(out, None))
