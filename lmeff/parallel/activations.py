@@ -93,7 +93,9 @@ def choose(remat: str, cfg: ModelConfig, layout: Layout, rows: int, tokens: int,
 
 
 def refuse_without_host_memory(layout: Layout, where: str) -> None:
-    """Raises `ConfigError` where the devices cannot address the host's memory."""
+    """Raises `ConfigError` where the devices cannot address the host's memory; devices that are only planned for can."""
+    if layout.kind is not None:
+        return
     kinds = [memory.kind for memory in layout.mesh.devices.flat[0].addressable_memories()]
     if HOST not in kinds:
         raise ConfigError(

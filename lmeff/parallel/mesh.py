@@ -126,11 +126,13 @@ class Layout:
     """A mesh and how letters lie on it. One device is the same code with every constraint the identity.
 
     manual: axes of an outer `jax.shard_map`: here every device has its own part already, and letters are not cut over them.
+    kind:   of the devices of an abstract mesh, which knows none; None asks the mesh's own.
     """
 
     mesh: Mesh
     plan: MeshPlan = MeshPlan()
     manual: tuple[str, ...] = ()
+    kind: str | None = None
 
     def within(self, axes: tuple[str, ...]) -> "Layout":
         """The layout as seen inside a `jax.shard_map` over `axes`, which may itself be inside another."""
@@ -159,7 +161,7 @@ class Layout:
     @property
     def platform(self) -> str:
         """The kind of the devices: "cpu", "gpu" or "tpu". Of those that are compiled for, which need not be of this machine."""
-        return self.mesh.devices.flat[0].platform
+        return self.kind or self.mesh.devices.flat[0].platform
 
     def layers_at_once(self, remat: str) -> int:
         """How many layers a scan should run in one turn of its loop: one, or on a single CPU device up to eight.
@@ -288,11 +290,11 @@ def make_layout(plan: MeshPlan, devices: Sequence[Any] | None = None) -> Layout:
     return Layout(Mesh(arrange(devices, degrees), AXES, axis_types=(AxisType.Auto,) * len(AXES)), plan)
 
 
-def plan_layout(plan: MeshPlan, devices: int) -> Layout:
-    """The layout of a plan on so many devices that need not exist: it knows partitions and axes, and places nothing."""
+def plan_layout(plan: MeshPlan, devices: int, kind: str | None = None) -> Layout:
+    """The layout of a plan on so many devices of a kind ("cpu", "gpu", "tpu") that need not exist: it knows partitions and axes, and places nothing."""
     degrees = plan.degrees(devices)
     mesh: Any = AbstractMesh(tuple(degrees.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    return Layout(mesh, plan)
+    return Layout(mesh, plan, kind=kind)
 
 
 def parameter_shardings(specs: Tree, layout: Layout) -> dict[str, NamedSharding]:

@@ -121,7 +121,8 @@ def is_done(shop: Workshop, stage: Stage) -> bool:
 
 def load_artifact(shop: Workshop, stage: Stage, earlier: Mapping[str, Artifact]) -> Artifact:
     """Reads the artifact of a stage that is done."""
-    recipe = recipe_of(stage, shop.shapes[stage.name], earlier)
+    recipes = {name: artifact.recipe for name, artifact in earlier.items()}
+    recipe = recipe_of(stage, shop.shapes[stage.name], recipes)
     recipe = dataclasses.replace(recipe, packed=recipe.packed or stage.export)
     return load(stage.name, recipe, shop.stage_dir(stage) / "artifact", shop.layout, shop.policy.params)
 

@@ -107,11 +107,11 @@ def continues(stage: Stage) -> bool:
     return stage.start is not None and stage.shrink is None and not stage.compress
 
 
-def recipe_of(stage: Stage, cfg: ModelConfig, earlier: Artifacts) -> Recipe:
+def recipe_of(stage: Stage, cfg: ModelConfig, earlier: Mapping[str, Recipe]) -> Recipe:
     """What is static of the artifact that a stage of this shape makes, before it is packed."""
     recipe = Recipe(transforms=stage.compress)
     if stage.start is not None and continues(stage):
-        recipe = earlier[stage.start].recipe
+        recipe = earlier[stage.start]
     if stage.activations is not None:
         recipe = dataclasses.replace(recipe, numerics=stage.activations.resolve(cfg))
     return recipe
@@ -124,18 +124,19 @@ def starting_point(shop: Workshop, stage: Stage, earlier: Artifacts) -> Start:
     neither shrinks nor compresses goes on with its start's own compression and state; otherwise it begins from the weights as the start's
     forward pass saw them.
     """
+    recipes = {name: artifact.recipe for name, artifact in earlier.items()}
     if stage.start is None:
         cfg = stage.model or shop.experiment.model
-        start = Start(cfg, _random(shop, cfg), recipe_of(stage, cfg, earlier))
+        start = Start(cfg, _random(shop, cfg), recipe_of(stage, cfg, recipes))
     elif continues(stage):
         origin = earlier[stage.start]
-        start = Start(origin.cfg, origin.params, recipe_of(stage, origin.cfg, earlier), origin.state, origin.ranges)
+        start = Start(origin.cfg, origin.params, recipe_of(stage, origin.cfg, recipes), origin.state, origin.ranges)
     else:
         origin = earlier[stage.start]
         cfg, params, note = origin.cfg, materialize(origin.effective()), ""
         if stage.shrink is not None:
             cfg, params, note = _shrunk(shop, stage.shrink, cfg, params)
-        start = Start(cfg, params, recipe_of(stage, cfg, earlier), note=note)
+        start = Start(cfg, params, recipe_of(stage, cfg, recipes), note=note)
     return _calibrated(shop, stage, start)
 
 

@@ -1,0 +1,140 @@
+"""What is planned: one training stage of an experiment on so many devices, as one hashable value. Needs no devices and allocates nothing."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lmeff.config import Experiment, Stage
+from lmeff.config.validate import validate
+from lmeff.core.precision import Policy, parse
+from lmeff.distill.objectives import Distill
+from lmeff.models.config import ModelConfig
+from lmeff.parallel.activations import choose
+from lmeff.parallel.compressed import Reduce
+from lmeff.parallel.mesh import Layout, MeshPlan, plan_layout
+from lmeff.parallel.workload import Step
+from lmeff.recipe.artifact import Recipe
+from lmeff.recipe.stage import recipe_of
+from lmeff.train.local_updates import LocalUpdates
+from lmeff.train.optim import OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A model as a plan sees it: its sizes, and the transforms and formats of its weights and activations."""
+
+    cfg: ModelConfig
+    recipe: Recipe = Recipe()  # noqa: RUF009 -- frozen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A train step and how often it runs.
+
+    name:     of the stage.
+    platform: of the devices: "cpu", "gpu" or "tpu".
+    rows:     of the global batch, all microbatches; tokens: of a row.
+    remat:    as `train.remat` has it; `policy_of_remat` says what a budget comes to.
+    """
+
+    name: str
+    student: Shape
+    teacher: Shape | None = None
+    distill: Distill | None = None
+    precision: str = "params=float32,compute=float32,output=float32,state=float32"
+    mesh: MeshPlan = MeshPlan()  # noqa: RUF009 -- frozen
+    devices: int = 1
+    platform: str = "tpu"
+    rows: int = 1
+    tokens: int = 1
+    steps: int = 1
+    accumulate: int = 1
+    remat: str = "none"
+    optim: OptimConfig = OptimConfig()
+    reduce: Reduce | None = None
+    local: LocalUpdates | None = None
+
+    @property
+    def cfg(self) -> ModelConfig:
+        """Sizes of the model that is trained."""
+        return self.student.cfg
+
+    @property
+    def policy(self) -> Policy:
+        """Dtypes by role."""
+        return parse(self.precision)
+
+    @property
+    def layout(self) -> Layout:
+        """Without devices."""
+        return plan_layout(self.mesh, self.devices, self.platform)
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """The size of every mesh axis."""
+        return self.mesh.degrees(self.devices)
+
+    @property
+    def policy_of_remat(self) -> str:
+        """The remat policy, with a budget resolved for these devices; raises `ConfigError` where none fits."""
+        rows = self.rows // self.accumulate
+        return choose(self.remat, self.cfg, self.layout, rows, self.tokens, self.policy.compute)
+
+    def step(self, stage: int = 0) -> Step:
+        """The step as the formulas of `lmeff.parallel.volume` see it, from a device of that stage of the pipeline."""
+        return Step(
+            cfg=self.cfg,
+            plan=self.mesh,
+            devices=self.devices,
+            rows=self.rows,
+            tokens=self.tokens,
+            accumulate=self.accumulate,
+            remat=self.policy_of_remat,
+            policy=self.policy,
+            stage=stage,
+        )
+
+    def changed(self, **changes: Any) -> "Job":
+        """The same job with fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def jobs(experiment: Experiment, devices: int, platform: str) -> list[Job]:
+    """A job for every stage that trains, in the recipe's order; raises `ConfigError` for what cannot work on so many devices."""
+    cfgs = validate(experiment, devices)
+    recipes: dict[str, Recipe] = {}
+    found = []
+    for stage in experiment.recipe:
+        recipe = recipe_of(stage, cfgs[stage.name], recipes)
+        if experiment.steps(stage):
+            found.append(_job(experiment, stage, Shape(cfg=cfgs[stage.name], recipe=recipe), cfgs, recipes))
+        recipes[stage.name] = dataclasses.replace(recipe, packed=recipe.packed or stage.export)
+    return [dataclasses.replace(job, devices=devices, platform=platform) for job in found]
+
+
+def _job(
+    experiment: Experiment,
+    stage: Stage,
+    student: Shape,
+    cfgs: Mapping[str, ModelConfig],
+    recipes: Mapping[str, Recipe],
+) -> Job:
+    train, taught = experiment.train, stage.distill
+    teacher = None if taught is None else Shape(cfg=cfgs[taught.teacher], recipe=recipes[taught.teacher])
+    return Job(
+        name=stage.name,
+        student=student,
+        teacher=teacher,
+        distill=taught,
+        precision=experiment.precision,
+        mesh=experiment.mesh,
+        rows=train.batch,
+        tokens=experiment.data.sequence,
+        steps=experiment.steps(stage),
+        accumulate=train.accumulate,
+        remat=train.remat,
+        optim=stage.optim or experiment.optim,
+        reduce=train.reduce,
+        local=train.local,
+    )
