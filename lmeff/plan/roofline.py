@@ -26,8 +26,8 @@ from lmeff.parallel.workload import PIPE, TENSOR
 from lmeff.plan.estimate import Flow, Site, SiteTime, StepTime, Work
 from lmeff.plan.hardware import Chip
 from lmeff.plan.job import Job
+from lmeff.plan.slices import ways
 from lmeff.plan.ticks import Passes, schedule_seconds
-from lmeff.plan.torus import ways
 from lmeff.plan.traffic import COPY, HOST, moments, owned
 
 
