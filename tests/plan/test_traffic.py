@@ -3,10 +3,11 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from lmeff.core.errors import ConfigError
-from lmeff.parallel.devices import Topology, parse_topology
+from lmeff.parallel.devices import Topology, arrange, parse_topology, topology
 from lmeff.parallel.mesh import AXES
 from lmeff.parallel.volume import volume
 from lmeff.plan.hardware import chip
@@ -191,3 +192,30 @@ def test_offloaded_activations_go_there_once_a_microbatch():
     hidden = 2 * 16 * 32 * 2048 * 8192 / 16  # bytes x layers x rows x tokens x ffn, a device
     assert copy.bytes == pytest.approx(2 * hidden, rel=1e-6)
     assert copy.loop == "layer"
+
+
+PLACES = {
+    "v5p:4x4x4": [{"fsdp": 4, "tensor": 16}, {"fsdp": 8, "tensor": 8}, {"data": 2, "fsdp": 2, "pipe": 4, "tensor": 4}],
+    "v5p:4x8x8": [{"fsdp": 16, "pipe": 2, "tensor": 8}],
+    "v5e:16x16": [{"fsdp": 32, "tensor": 8}, {"fsdp": 64, "tensor": 4}, {"fsdp": 16, "tensor": 16}],
+    "v5e:4x8": [{"fsdp": 2, "pipe": 2, "tensor": 8}, {"fsdp": 8, "tensor": 4}],
+    "v5e:4x4:2": [{"dcn": 2, "fsdp": 4, "tensor": 4}],
+    "tpu7x:4x4x4": [{"fsdp": 16, "tensor": 8}, {"fsdp": 32, "tensor": 4}, {"fsdp": 8, "tensor": 16}],
+}
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLACES)
+def test_axes_lie_where_jax_puts_them(name):
+    """Along every axis of the mesh that JAX makes: how many devices differ in each coordinate, and by how much."""
+    on, shape = chip(name.split(":")[0]), parse_topology(name)
+    link = on.ici / 2 / on.cores
+    for sizes in PLACES[name]:
+        mesh, found = arrange(topology(name), degrees(**sizes)), ways(degrees(**sizes), on, shape).sides
+        for axis in sizes.keys() - {"dcn"}:
+            line = np.moveaxis(mesh, AXES.index(axis), 0).reshape(sizes[axis], -1)[:, 0]
+            places = np.array([(*device.coords, device.core_on_chip) for device in line])
+            values = [sorted(set(column)) for column in places.T]
+            real = sorted((len(at), at[1] - at[0]) for at in values if len(at) > 1)
+            assert sorted((s.length, (on.die if s.one_way > link else link) / s.one_way) for s in found[axis]) == real
