@@ -30,6 +30,7 @@ class Term(NamedTuple):
 
     elements: of the whole tensor, which a gather ends with and a reduction starts with; of what a device holds for an all-to-all and a permute.
     placed:   left to XLA, which may write a reduce-scatter as an all-reduce and a slice.
+    loop:     the innermost loop around it: "step", "microbatch", "layer" or "tick".
     """
 
     kind: str
@@ -38,6 +39,7 @@ class Term(NamedTuple):
     dtype: Any
     times: float = 1
     placed: bool = False
+    loop: str = "step"
 
 
 def weights(step: Step) -> Iterator[Term]:
