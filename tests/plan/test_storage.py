@@ -1,7 +1,6 @@
 """Stored sizes against the arguments of a program that is compiled for a TPU."""
 
 import importlib.util
-import itertools
 import math
 
 import jax
