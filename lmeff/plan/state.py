@@ -4,6 +4,7 @@ The shapes of the whole state are traced once for a model and its optimizer; a m
 """
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,23 +90,18 @@ def _fresh(student: Shape, optim: OptimConfig, precision: str) -> TrainState:
 
 def _leaves(given: Arguments) -> Iterator[tuple[str, Any]]:
     """(category, leaf) of all that a step is given."""
-    state, batch, frozen = given
-    parts = {
-        "parameters": state.trainable.params,
-        "average": state.ema,
-        "reducer": state.reduction,
-        "outer": state.outer,
-        "teacher": frozen.teacher,
-        "ranges": (frozen.ranges, frozen.teacher_ranges),
-        "batch": batch,
-        "counters": state.step,
-    }
-    yield from ((category, x) for category, tree in parts.items() for x in jax.tree.leaves(tree))
-    workers = 0 if state.outer is None else 1  # with a dim of their own
-    for x in jax.tree.leaves(state.opt):
-        yield "optimizer" if x.ndim > workers else "counters", x
-    for x in jax.tree.leaves((state.trainable.compression, state.auxiliary)):
-        yield "masks" if x.dtype == bool else "scales", x
+    for root, tree in given._asdict().items():
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            shape = x.sharding.shard_shape(x.shape)
+            yield category_of(root + jax.tree_util.keystr(path), x.dtype == bool, math.prod(shape) == 1), x
+
+
+def category_of(name: str, boolean: bool, single: bool) -> str:
+    """The category of an argument by its path, such as "state.opt[0].count", its dtype, and whether a device has one element of it."""
+    found = next((category for prefix, category in PREFIXES.items() if name.startswith(prefix)), OTHER)
+    if found == "optimizer" and single:
+        return "counters"
+    return "masks" if found == "scales" and boolean else found
 
 
 def cache_bytes(cfg: ModelConfig, rows: int, tokens: int, format: str, layout: Layout) -> int:
@@ -143,6 +139,21 @@ def _cache_arrays(shape: tuple[int, ...], format: str) -> list[tuple[tuple[int, 
     return [(shape, "int4" if found.bits <= 4 else "int8"), (scale, "float32"), *zero]
 
 
+PREFIXES = {
+    "state.trainable.params": "parameters",
+    "state.opt": "optimizer",
+    "state.ema": "average",
+    "state.trainable.compression": "scales",
+    "state.auxiliary": "scales",
+    "state.reduction": "reducer",
+    "state.outer": "outer",
+    "frozen.teacher_ranges": "ranges",
+    "frozen.teacher": "teacher",
+    "frozen.ranges": "ranges",
+    "batch": "batch",
+    "state.step": "counters",
+}
+OTHER = "other"  # what XLA has no name for
 CATEGORIES = (
     "parameters",
     "optimizer",
