@@ -3,9 +3,9 @@
 The shapes of the whole state are traced once for a model and its optimizer; a mesh then only divides them, so that a search can ask for hundreds.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from lmeff.models.remat import HOST
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import Layout
 from lmeff.plan.job import Job, Shape
-from lmeff.plan.program import Arguments, runtime
+from lmeff.plan.program import runtime
 from lmeff.plan.storage import stored_bytes
 from lmeff.recipe.runtime import abstract_frozen
 from lmeff.train.optim import OptimConfig, make_optimizer
@@ -40,42 +40,45 @@ def state_bytes(job: Job, stage: int = 0) -> dict[str, int]:
     stages = job.degrees["pipe"]
     if not 0 <= stage < stages:
         raise ConfigError(f"state_bytes: got stage {stage}, expected 0 to {stages - 1}: mesh.pipe is {stages}")
-    return dict(_sums(_counted(job))[0])
+    batch, _ = _sums({"batch": abstract_batch(job.rows, job.tokens, job.layout)}, job.platform)
+    kept, _ = _kept(_counted(job))
+    return {category: size for category in CATEGORIES if (size := kept[category] + batch[category])}
 
 
 def host_bytes(job: Job) -> int:
     """Bytes in the host's memory, for each device: the optimizer's arrays where they are offloaded."""
-    return _sums(_counted(job))[1]
+    return _kept(_counted(job))[1]
 
 
 def _counted(job: Job) -> Job:
     """The job without what no byte of its state depends on, so that jobs alike in the rest are counted once."""
-    return job.changed(name="", steps=1, remat="none", accumulate=1)
+    mesh = dataclasses.replace(job.mesh, schedule="1f1b", chunks=None, stash="input")
+    return job.changed(name="", steps=1, rows=1, tokens=1, remat="none", accumulate=1, mesh=mesh)
 
 
 @functools.lru_cache(maxsize=8192)
-def _sums(job: Job) -> tuple[dict[str, int], int]:
-    """(bytes on the device by category, bytes on the host)."""
+def _kept(job: Job) -> tuple[dict[str, int], int]:
+    """(bytes on the device by category, bytes on the host) of all but the batch, on the job's own layout without devices."""
+    layout = job.layout
+    state = abstract_begin(runtime(job, layout), _fresh(job.student, job.optim, job.precision))
+    frozen = abstract_frozen(job.student, job.teacher, layout, job.policy)
+    return _sums({"state": state, "frozen": frozen}, job.platform)
+
+
+def _sums(given: dict[str, Any], platform: str) -> tuple[dict[str, int], int]:
+    """The same of arguments by name, as shapes with shardings."""
     found: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
     host = 0
-    for category, x in _leaves(planned(job)):
-        size = stored_bytes(x.sharding.shard_shape(x.shape), x.dtype, job.platform)
-        if x.sharding.memory_kind == HOST:
-            host += size
-        else:
-            found[category] += size
-    return {category: size for category, size in found.items() if size}, host
-
-
-def planned(job: Job) -> Arguments:
-    """What the step is given, on the job's own layout without devices: as `program.arguments`, but traced once for all meshes."""
-    layout = job.layout
-    made = _fresh(job.student, job.optim, job.precision)
-    return Arguments(
-        abstract_begin(runtime(job, layout), made),
-        abstract_batch(job.rows, job.tokens, layout),
-        abstract_frozen(job.student, job.teacher, layout, job.policy),
-    )
+    for root, tree in given.items():
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            shape = x.sharding.shard_shape(x.shape)
+            size = stored_bytes(shape, x.dtype, platform)
+            if x.sharding.memory_kind == HOST:
+                host += size
+            else:
+                name = root + jax.tree_util.keystr(path)
+                found[category_of(name, x.dtype == bool, math.prod(shape) == 1)] += size
+    return found, host
 
 
 @functools.lru_cache(maxsize=64)
@@ -86,14 +89,6 @@ def _fresh(student: Shape, optim: OptimConfig, precision: str) -> TrainState:
     return jax.eval_shape(
         lambda p: build_state(p, specs, compression, tx, ema=optim.ema is not None), abstract(specs, policy.params)
     )
-
-
-def _leaves(given: Arguments) -> Iterator[tuple[str, Any]]:
-    """(category, leaf) of all that a step is given."""
-    for root, tree in given._asdict().items():
-        for path, x in jax.tree_util.tree_leaves_with_path(tree):
-            shape = x.sharding.shard_shape(x.shape)
-            yield category_of(root + jax.tree_util.keystr(path), x.dtype == bool, math.prod(shape) == 1), x
 
 
 def category_of(name: str, boolean: bool, single: bool) -> str:
