@@ -19,7 +19,6 @@ from lmeff.parallel.hlo import Conditional, Taken
 from lmeff.parallel.mesh import BATCH_AXES, ZERO_AXIS, Layout, MeshPlan, indivisible, names, plan_layout
 from lmeff.parallel.order import check_tokens
 from lmeff.parallel.schedules import is_file, resolve
-from lmeff.parallel.stages import layer_table
 from lmeff.parallel.tables import Schedule
 
 CONTEXT, EXPERT, PIPE, TENSOR = "context", "expert", "pipe", "tensor"
@@ -149,13 +148,21 @@ class Step:
             raise ConfigError(f"volume: got stage {self.stage}, expected 0 to {stages - 1}")
         if self.schedule is not None and min(cfg.layers for cfg in self.models) < self.schedule.slices:
             fewest = min(cfg.layers for cfg in self.models)
-            raise ConfigError(f"volume: got {fewest} layers, expected at least a layer in each of {self.schedule.slices} slices")
+            raise ConfigError(
+                f"volume: got {fewest} layers, expected at least a layer in each of {self.schedule.slices} slices"
+            )
         if self.local is not None and (self.local.axis not in ("dcn", "data") or self.degrees[self.local.axis] == 1):
-            raise ConfigError(f"volume: got workers along '{self.local.axis}', expected dcn or data, and at least two of them")
+            raise ConfigError(
+                f"volume: got workers along '{self.local.axis}', expected dcn or data, and at least two of them"
+            )
         if self.teacher is not None and self.teacher.vocab != self.cfg.vocab:
-            raise ConfigError(f"volume: got a teacher with V = {self.teacher.vocab}, expected the student's {self.cfg.vocab}")
+            raise ConfigError(
+                f"volume: got a teacher with V = {self.teacher.vocab}, expected the student's {self.cfg.vocab}"
+            )
         if parse(self.remat, sites(self.cfg)).kind == "budget":
-            raise ConfigError(f"volume: got remat '{self.remat}', expected the policy it means here; see parallel.activations.choose")
+            raise ConfigError(
+                f"volume: got remat '{self.remat}', expected the policy it means here; see parallel.activations.choose"
+            )
 
     @property
     def models(self) -> list[ModelConfig]:
@@ -231,7 +238,14 @@ class Step:
         """What is trained."""
         passes, size = self._passes(self.cfg)
         twice = self.schedule is not None and self.plan.stash == "input"
-        return Member(self.cfg, leaves_of(self.cfg, self.layout), passes * (1 + twice), passes, size, again_of(self.remat, self.cfg))
+        return Member(
+            self.cfg,
+            leaves_of(self.cfg, self.layout),
+            passes * (1 + twice),
+            passes,
+            size,
+            again_of(self.remat, self.cfg),
+        )
 
     @cached_property
     def members(self) -> list[Member]:
@@ -312,7 +326,9 @@ def branch_counts(step: Step) -> Taken:
     def taken(found: Conditional) -> Sequence[float]:
         if local is not None and found.origin.endswith("shard_map/cond") and "while" not in found.origin:
             meets = [1 / local.every] * local.fragments
-            return [1 - sum(meets), *meets, 0][: found.count]  # the last, after a run's last step, is there for several fragments
+            return [1 - sum(meets), *meets, 0][
+                : found.count
+            ]  # the last, after a run's last step, is there for several fragments
         if schedule is None:
             return [found.times] * found.count
         if not found.around and found.count == 4:  # the executor's switch: idle, F, B, W
