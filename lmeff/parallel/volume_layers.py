@@ -4,11 +4,12 @@ from collections.abc import Iterator
 
 import jax.numpy as jnp
 
+from lmeff.parallel.members import PIPE, Member
 from lmeff.parallel.mesh import ZERO_AXIS
 from lmeff.parallel.stages import exchange, layer_table
 from lmeff.parallel.volume_term import PARTIAL, Term, order
 from lmeff.parallel.volume_weights import exchanges_rows
-from lmeff.parallel.workload import CONTEXT, EXPERT, PIPE, TENSOR, Member, Step
+from lmeff.parallel.workload import CONTEXT, EXPERT, TENSOR, Step
 
 
 def embedding(step: Step) -> Iterator[Term]:

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 
+from lmeff.parallel.members import EMBEDDING, Leaf, leaves_of
 from lmeff.parallel.mesh import ZERO_AXIS
 from lmeff.parallel.volume_reduced import reduced
 from lmeff.parallel.volume_term import PARTIAL, Term, order
-from lmeff.parallel.workload import CONTEXT, EMBEDDING, EXPERT, TENSOR, Leaf, Step, leaves_of
+from lmeff.parallel.workload import CONTEXT, EXPERT, TENSOR, Step
 
 
 def weights(step: Step) -> Iterator[Term]:

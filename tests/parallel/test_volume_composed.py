@@ -10,10 +10,11 @@ from lmeff.core.specs import count
 from lmeff.models.config import ModelConfig, MoE, preset
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.compressed import Reduce
+from lmeff.parallel.members import leaves_of
 from lmeff.parallel.mesh import MeshPlan
 from lmeff.parallel.volume import terms, volume, volume_by_loop
 from lmeff.parallel.volume_term import LOOPS
-from lmeff.parallel.workload import Local, Step, leaves_of
+from lmeff.parallel.workload import Local, Step
 
 MODEL = ModelConfig(vocab=256, width=64, layers=8, heads=8, kv_heads=4, ffn=256, tied=False)
 EXPERTS = dataclasses.replace(MODEL, ffn=32, moe=MoE(experts=16, top_k=4))
