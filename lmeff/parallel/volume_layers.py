@@ -20,9 +20,10 @@ def embedding(step: Step) -> Iterator[Term]:
         yield Term("all-gather", (ZERO_AXIS,), step.tokens_here * step.degrees[ZERO_AXIS], jnp.int32)
     for member in step.members:
         rows = step.tokens_here * member.cfg.width
-        if exchanges_rows(step):
-            times = (step.plan.zero == 3) + member.trained  # of stage 2 only the gradient
-            yield Term("all-to-all", (ZERO_AXIS,), rows, dtype, times)
+        back = exchanges_rows(step) and member.trained
+        forth = exchanges_rows(step) and step.plan.zero == 3  # of stage 2 only the gradient
+        forth |= not step.region and member.trained and step.stored is not step.leaves
+        yield Term("all-to-all", (ZERO_AXIS,), rows, dtype, forth + back)
         yield Term("reduce-scatter", (TENSOR,), rows, dtype, runs, loop="microbatch")
         yield Term("all-gather", (TENSOR,), rows, dtype, runs * member.trained, loop="microbatch")
 

@@ -16,7 +16,7 @@ def weights(step: Step) -> Iterator[Term]:
     teacher has no backward pass.
     """
     for member in step.members:
-        for leaf in member.leaves:
+        for leaf in step.stored if member.trained else member.leaves:
             if ZERO_AXIS not in leaf.axes:
                 continue
             if step.region:
@@ -44,11 +44,13 @@ def _gathers(step: Step, leaf: Leaf) -> int:
 
 
 def updates(step: Step) -> Iterator[Term]:
-    """Stages 1 and 2 of ZeRO: each device updates its part of the parameters, and all parts are gathered."""
+    """Stages 1 and 2 of ZeRO: each device updates its part of the parameters, and all parts are gathered; of workers apart also what they share, the
+    outer parameters and their momentum, whether they meet or not."""
     if step.plan.zero in (1, 2):
         for leaf in leaves_of(step.cfg, step.layout.of_optimizer):
             if ZERO_AXIS in leaf.axes:
                 yield Term("all-gather", (ZERO_AXIS,), leaf.elements, step.policy.params)
+                yield Term("all-gather", (ZERO_AXIS,), leaf.elements, PARTIAL, 2 * (step.local is not None))
 
 
 def gradients(step: Step) -> Iterator[Term]:
