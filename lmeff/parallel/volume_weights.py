@@ -72,15 +72,18 @@ def gradients(step: Step) -> Iterator[Term]:
 
 
 def _placed_gradient(step: Step, leaf: Leaf) -> Iterator[Term]:
-    """Of a leaf in an automatic step, all layers. What is scattered is summed over context together with what is left, else apart (`_of_block`)."""
+    """Of a leaf in an automatic step, all layers. What is scattered is summed over context together with what is left, else apart (`_of_block`).
+
+    XLA for TPUs scatters sums as they are, float32, and makes an all-reduce in the dtype that the sum is rounded to.
+    """
     if leaf.routed:
         yield from _routed_gradient(step, leaf)
     elif scatters(step, leaf):
         left = {axis for axis in step.batch if axis != ZERO_AXIS}
         yield Term("reduce-scatter", (ZERO_AXIS,), leaf.elements, PARTIAL, placed=True)
-        yield Term("all-reduce", order({*left, CONTEXT}), leaf.elements / step.degrees[ZERO_AXIS], PARTIAL)
+        yield Term("all-reduce", order({*left, CONTEXT}), leaf.elements / step.degrees[ZERO_AXIS], step.policy.compute)
     else:
-        yield Term("all-reduce", step.batch, leaf.elements, PARTIAL)
+        yield Term("all-reduce", step.batch, leaf.elements, step.policy.compute)
 
 
 def _routed_gradient(step: Step, leaf: Leaf) -> Iterator[Term]:
@@ -134,7 +137,8 @@ def gathered_rows(step: Step, axes: tuple[str, ...]) -> Iterator[Term]:
 def _head_gradient(step: Step, leaf: Leaf) -> Term:
     """Summed by the loss, of this device's part of the vocabulary."""
     left = order(axis for axis in (*step.batch, CONTEXT) if axis != ZERO_AXIS or not step.turns_head)
-    return Term("all-reduce", left, leaf.elements / (step.degrees[ZERO_AXIS] if step.turns_head else 1), PARTIAL)
+    part = leaf.elements / (step.degrees[ZERO_AXIS] if step.turns_head else 1)
+    return Term("all-reduce", left, part, step.policy.compute)
 
 
 def exchanges_rows(step: Step) -> bool:
@@ -171,7 +175,7 @@ def _of_block(step: Step, leaf: Leaf) -> Iterator[Term]:
             yield Term("all-reduce", (CONTEXT, *over_tensor), size, compute, times, loop="layer")
     elif leaf.is_matmul:
         if step.region or not scatters(step, leaf):
-            yield Term("all-reduce", (CONTEXT,), size, PARTIAL, times, loop="layer")
+            yield Term("all-reduce", (CONTEXT,), size, compute, times, loop="layer")
     elif leaf.spec.letters.endswith("D"):
         yield Term("all-reduce", (CONTEXT, *over_tensor), size, compute, times, loop="layer")
     else:
@@ -189,4 +193,4 @@ def _of_ends(step: Step, leaf: Leaf) -> Iterator[Term]:
             yield from gathered_rows(step, (CONTEXT,))
     if step.student.is_head(leaf):
         runs = step.accumulate * step.last
-        yield Term("all-reduce", (CONTEXT,), leaf.elements, PARTIAL, runs, loop="microbatch")
+        yield Term("all-reduce", (CONTEXT,), leaf.elements, step.policy.compute, runs, loop="microbatch")
