@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import jax.numpy as jnp
+
 from lmeff.parallel.members import EMBEDDING, Leaf, leaves_of
 from lmeff.parallel.mesh import ZERO_AXIS
 from lmeff.parallel.volume_reduced import reduced
@@ -131,7 +133,7 @@ def gathered_rows(step: Step, axes: tuple[str, ...]) -> Iterator[Term]:
     tokens = step.tokens_here * step.layout.size(axes)
     runs = step.accumulate * step.first
     yield Term("all-gather", axes, tokens * step.cfg.width, step.policy.compute, runs, loop="microbatch")
-    yield Term("all-gather", axes, tokens, "int32", runs, loop="microbatch")
+    yield Term("all-gather", axes, tokens, jnp.int32, runs, loop="microbatch")
 
 
 def _head_gradient(step: Step, leaf: Leaf) -> Term:
