@@ -13,7 +13,7 @@ from lmeff.models.config import ModelConfig
 from lmeff.parallel.activations import choose
 from lmeff.parallel.compressed import Reduce
 from lmeff.parallel.mesh import Layout, MeshPlan, plan_layout
-from lmeff.parallel.workload import Step
+from lmeff.parallel.workload import Local, Step
 from lmeff.recipe.artifact import Recipe
 from lmeff.recipe.stage import recipe_of
 from lmeff.train.local_updates import LocalUpdates
@@ -93,6 +93,9 @@ class Job:
             remat=self.policy_of_remat,
             policy=self.policy,
             stage=stage,
+            teacher=None if self.teacher is None else self.teacher.cfg,
+            reduce=self.reduce,
+            local=None if self.local is None else Local(self.local.axis, self.local.every, self.local.fragments),
         )
 
     def changed(self, **changes: Any) -> "Job":

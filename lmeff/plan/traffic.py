@@ -19,7 +19,8 @@ from lmeff.parallel.collective import RING
 from lmeff.parallel.devices import Topology
 from lmeff.parallel.mesh import ZERO_AXIS, Layout
 from lmeff.parallel.volume import Term, terms
-from lmeff.parallel.workload import Step, leaves_of
+from lmeff.parallel.members import leaves_of
+from lmeff.parallel.workload import Step
 from lmeff.plan.estimate import Flow
 from lmeff.plan.hardware import Chip
 from lmeff.plan.job import Job
