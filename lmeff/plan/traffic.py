@@ -17,9 +17,9 @@ from lmeff.models.transformer import param_specs, sites
 from lmeff.parallel.activations import kept_bytes
 from lmeff.parallel.collective import RING
 from lmeff.parallel.devices import Topology
+from lmeff.parallel.members import leaves_of
 from lmeff.parallel.mesh import ZERO_AXIS, Layout
 from lmeff.parallel.volume import Term, terms
-from lmeff.parallel.members import leaves_of
 from lmeff.parallel.workload import Step
 from lmeff.plan.estimate import Flow
 from lmeff.plan.hardware import Chip
