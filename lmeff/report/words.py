@@ -15,7 +15,7 @@ DASH = "–"
 
 def count(value: float) -> str:
     """`1234567` as `1.23 M`."""
-    return _scaled(value, 1000, ("", "k", "M", "G", "T", "P"))
+    return _scaled(value, 1000, ("", "k", "M", "G", "T", "P", "E", "Z"))
 
 
 def size(value: float) -> str:
@@ -31,6 +31,14 @@ def seconds(value: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s" if rest else f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def brief(value: float) -> str:
+    """Seconds with the unit that suits them: `0.0123` as `12.3 ms`."""
+    for unit, scale in (("µs", 1e-6), ("ms", 1e-3)):
+        if value and value < 999.5 * scale:
+            return f"{number(value / scale)} {unit}"
+    return seconds(value)
 
 
 def number(value: float | None, digits: int = 3) -> str:

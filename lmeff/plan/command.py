@@ -1,0 +1,161 @@
+"""`lmeff plan`: what a config needs before it runs. Predicted by arithmetic in seconds; with a topology also compiled."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import tyro
+from rich.console import Console
+
+from lmeff.config import Experiment
+from lmeff.config.overrides import resolve
+from lmeff.core.errors import ConfigError, DoesNotFit, UsageError, UserError
+from lmeff.parallel.devices import parse_topology
+from lmeff.plan.answer import estimate_json, join
+from lmeff.plan.hardware import chip
+from lmeff.plan.job import Job, jobs
+from lmeff.plan.predict import predict
+from lmeff.plan.show import overview, show
+from lmeff.report import plan_words
+from lmeff.report.plan import write_plan
+
+Json = dict[str, Any]
+SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+COUNTS = {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Says before a run what it needs: memory of a device, FLOPs, bytes of collectives, time, energy; and which mesh is best. Needs no accelerator.
+
+    Settings of the config are overridden by their path, as for `lmeff run`. Exit code 6: it does not fit.
+
+    Attributes:
+        config: a Python file whose experiment() returns the config.
+        stage: the stage to show in full; the first that trains where none is named.
+        chip: what to run on, such as v5e, v5p or h100; cpu is this machine.
+        devices: how many; as many as the config's mesh asks for where none are named.
+        topology: a TPU slice in place of chip and devices, such as v5p:4x4x4 or v5e:16x16:2; the real train step is compiled for it.
+        compile: also compile without a topology, for simulated CPU devices.
+        no_compile: do not compile for the topology.
+        search: try every mesh of so many devices, and tell which are best and why.
+        fit: find the largest batch and the least recomputation that fit.
+        budget_bytes: search compressions of the model within this size, such as 4GiB.
+        budget_ms: search compressions of the model within so many milliseconds a token.
+        tokens: of the whole run in place of its steps, such as 15T.
+        serve: also what the finished model costs to serve.
+        html: also write the plan as a page.
+        json: print one JSON object on stdout and tables on stderr.
+    """
+
+    config: tyro.conf.Positional[Path]
+    stage: str | None = None
+    chip: str | None = None
+    devices: int | None = None
+    topology: str | None = None
+    compile: tyro.conf.FlagCreatePairsOff[bool] = False
+    no_compile: tyro.conf.FlagCreatePairsOff[bool] = False
+    search: tyro.conf.FlagCreatePairsOff[bool] = False
+    fit: tyro.conf.FlagCreatePairsOff[bool] = False
+    budget_bytes: str | None = None
+    budget_ms: float | None = None
+    tokens: str | None = None
+    serve: tyro.conf.FlagCreatePairsOff[bool] = False
+    html: Path | None = None
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+class Target(NamedTuple):
+    """What is planned for. topology: its name, or None."""
+
+    chip: str
+    devices: int
+    topology: str | None = None
+
+
+def target(command: Plan, experiment: Experiment) -> Target:
+    """The devices that the options name; raises `UsageError` where they contradict each other."""
+    if command.topology is not None:
+        if command.chip is not None or command.devices is not None:
+            raise UsageError(
+                f"plan: got --topology {command.topology} with --chip or --devices, expected it alone: a topology has its chips and their number"
+            )
+        found = parse_topology(command.topology)
+        return Target(found.family, found.devices, command.topology)
+    if command.devices is not None and command.devices < 1:
+        raise UsageError(f"--devices: got {command.devices}, expected at least 1")
+    return Target(command.chip or "cpu", command.devices or asked(experiment))
+
+
+def asked(experiment: Experiment) -> int:
+    """How many devices the config's own mesh asks for."""
+    mesh, count = experiment.mesh, experiment.mesh.data or 1
+    for axis in ("dcn", "fsdp", "pipe", "expert", "context", "tensor"):
+        count *= getattr(mesh, axis)
+    return count
+
+
+def plan(command: Plan, overrides: Sequence[str], console: Console) -> Json:
+    """`lmeff plan`."""
+    jax.config.update("jax_platforms", "cpu")  # a TPU of this machine is left to whoever trains on it
+    experiment, _ = resolve(command.config, overrides, prog="lmeff plan")
+    where = target(command, experiment)
+    chosen, others = choose(command, experiment, where)
+    answers = [estimate_json(predict(job, where.chip, where.topology)) for job in others]
+    found = next(answer for answer in answers if answer["stage"] == chosen.name)
+    answer = join(experiment.name, answers, found)
+    if len(answers) > 1:
+        overview(answers, console)
+    show(found, console)
+    if command.html is not None:
+        _write(answer, command.html)
+        console.print(f"page: {command.html}", highlight=False)
+    if not found["fits"]:
+        raise DoesNotFit(f"{chosen.name}: {plan_words.verdict(found)}", answer)
+    return answer
+
+
+def choose(command: Plan, experiment: Experiment, where: Target) -> tuple[Job, list[Job]]:
+    """The job to show in full, and all that are planned."""
+    found = jobs(experiment, where.devices, chip(where.chip).platform)
+    if command.tokens is not None:
+        tokens = count("--tokens", command.tokens)
+        found = [job.changed(steps=-(-tokens // (job.rows * job.tokens))) for job in found]
+    if not found:
+        raise ConfigError(f"{command.config}: no stage trains, expected one with steps above 0; there is nothing to plan")
+    if command.stage is None:
+        return found[0], found
+    named = [job for job in found if job.name == experiment.stage(command.stage).name]
+    if not named:
+        raise ConfigError(
+            f"stage: '{command.stage}' does not train, expected one of {[job.name for job in found]}; there is nothing to plan"
+        )
+    return named[0], named
+
+
+def count(option: str, text: str) -> int:
+    """A number with a prefix, such as 15T; raises `UsageError` for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([kMBGT]?)", text)
+    value = float(match[1]) * COUNTS[match[2]] if match else 0
+    if value < 1:
+        raise UsageError(f"{option}: got '{text}', expected a number of at least 1, such as 300B, 15T or 2e12")
+    return int(value)
+
+
+def size(option: str, text: str) -> int:
+    """Bytes with a unit, such as 4GiB; raises `UsageError` for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s?(\w+)", text)
+    value = float(match[1]) * SIZES.get(match[2], 0) if match else 0
+    if value < 1:
+        raise UsageError(f"{option}: got '{text}', expected a number with a unit of {', '.join(SIZES)}, such as 4GiB")
+    return int(value)
+
+
+def _write(answer: Json, path: Path) -> None:
+    try:
+        write_plan(answer, path)
+    except OSError as error:
+        raise UserError(f"--html: cannot write {path}: {error.strerror}; choose a folder of your own") from error

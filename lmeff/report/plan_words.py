@@ -1,0 +1,138 @@
+"""A plan in sentences, and what its numbers count: the terminal and the page tell the same from the same JSON (`lmeff plan --json`)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lmeff.report import words
+
+Json = Mapping[str, Any]
+
+# What each figure of FLOPs counts; a FLOP is a multiplication or an addition.
+FLOPS: dict[str, str] = {
+    "forward": "2 a weight and token of every product; the head counts, the embedding lookup does not",
+    "backward": "twice the forward pass: gradients of inputs and of weights",
+    "recompute": "products that the remat policy runs again",
+    "attention forward": "scores and values of the keys that a token sees: causal",
+    "attention backward": "the same for the gradients; scores are made again in the kernel",
+    "teacher": "the teacher's forward pass",
+    "compression": "transforms of the weights, elementwise",
+    "optimizer": "the update, elementwise",
+    "hardware": "everything that runs (HFU)",
+    "model_full": "forward and backward alone, every query with every key (PaLM's MFU)",
+    "model_causal": "the same with causal attention",
+    "effective": "causal, without the products of pruned weights",
+    "six_nd": "6 x active parameters x tokens (Kaplan et al. 2020)",
+}
+TOTALS = ("hardware", "model_full", "model_causal", "effective", "six_nd")
+SHOWN = {"model_full": "model, attention full", "model_causal": "model, attention causal", "six_nd": "6 N D"}
+
+
+def flops(plan: Json) -> list[tuple[str, float, str]]:
+    """`(name, FLOPs of a step, what is counted)`: the parts that run, then the sums by convention."""
+    parts = {key: n for key, n in plan["flops_per_step"].items() if n and key not in TOTALS}
+    sums = {**plan["flops_per_step"], **plan.get("flops", {})}
+    rows = [*parts.items(), *((key, sums[key]) for key in TOTALS if sums.get(key))]
+    return [(SHOWN.get(key, key), n, FLOPS.get(key, "")) for key, n in rows]
+
+
+def categories(memory: Json) -> dict[str, int]:
+    """Bytes on a device by category, what stays first."""
+    return {**memory["state"], **memory["temporaries"]}
+
+
+def all_categories(memories: Sequence[Json]) -> list[str]:
+    """Every category that some stage has, in the order in which they first appear."""
+    return [*dict.fromkeys(name for memory in memories for name, n in categories(memory).items() if n)]
+
+
+def fullest(plan: Json) -> Json:
+    """The memory of the stage that has most."""
+    return max(plan["memory"], key=lambda memory: memory["total"])
+
+
+def verdict(plan: Json) -> str:
+    """Whether it fits, and how nearly."""
+    total, capacity = plan["bytes_per_device"]["total"], plan["capacity"]
+    share = f"{total / capacity:.0%} of the fullest device" if capacity else "the fullest device"
+    told = f"{words.size(total)} of {words.size(capacity)}, {share}"
+    return f"Fits: {told}." if plan["fits"] else f"Does not fit: {told}; {blame(plan)}."
+
+
+def blame(plan: Json) -> str:
+    """The category that takes most, in words."""
+    name, n = max(categories(fullest(plan)).items(), key=lambda item: item[1])
+    return f"{name} take{'' if name.endswith('s') else 's'} {words.size(n)} of it"
+
+
+def speed(plan: Json) -> str:
+    """Tokens a second as a range, and the share of the chip's peak."""
+    low, high = (_rate(plan, key) for key in ("high", "low"))
+    use = plan["utilization"]
+    return (
+        f"{words.count(low)} to {words.count(high)} tokens/s, perhaps {words.count(plan['tokens_per_second'])}: "
+        f"MFU {use['mfu_full']:.0%} with attention counted full, {use['mfu_causal']:.0%} causal; HFU {use['hfu']:.0%}."
+    )
+
+
+def _rate(plan: Json, key: str) -> float:
+    seconds = plan["step_seconds"][key]
+    return plan["tokens_per_step"] / seconds if seconds else 0.0
+
+
+def cost(plan: Json) -> str:
+    """What the whole run takes."""
+    job, energy = plan["job"], plan["energy"]
+    wall = job["steps"] * plan["step_seconds"]["middle"]
+    return (
+        f"{words.plural(job['steps'], 'step')}, {words.count(job['steps'] * plan['tokens_per_step'])} tokens: {words.seconds(wall)}, "
+        f"{words.number(energy['chip_hours'])} chip-hours, {words.number(energy['kwh'])} kWh."
+    )
+
+
+def setting(plan: Json) -> str:
+    """What was planned, in one line."""
+    job = plan["job"]
+    mesh = " x ".join(f"{axis} {n}" for axis, n in job["mesh"].items() if n > 1) or "one device"
+    micro = f" in {words.plural(job['accumulate'], 'microbatch')}".replace("batchs", "batches") if job["accumulate"] > 1 else ""
+    remat = job["remat"] if job["remat"] == job["remat_policy"] else f"{job['remat']} (is {job['remat_policy']})"
+    return (
+        f"{words.plural(plan['devices'], plan['chip'] + ' device')}, {mesh}; {job['rows']} rows of {job['tokens']} tokens a step{micro}; "
+        f"remat {remat}; {job['optimizer']}"
+    )
+
+
+def binding(plan: Json) -> str:
+    """Which cause takes most of a step."""
+    parts = {name: seconds for name, seconds in plan["time_parts"].items() if seconds}
+    if not parts:
+        return ""
+    name = max(parts, key=lambda part: parts[part])
+    return f"{name} binds: {words.brief(parts[name])} of {words.brief(sum(parts.values()))} that the parts take one after another"
+
+
+def compared(plan: Json) -> list[tuple[str, float, float, float | None]]:
+    """`(what, predicted, compiled, error)` where the program was compiled; the error is relative to the compiler's number."""
+    compiled = plan.get("compiled")
+    if not compiled:
+        return []
+    memory = fullest(plan)
+    predicted = {
+        "argument_bytes": sum(memory["state"].values()),
+        "temp_bytes": sum(memory["temporaries"].values()),
+        "total_bytes": memory["total"],
+    }
+    rows = []
+    for key, name in (("argument_bytes", "arguments"), ("temp_bytes", "temporaries"), ("total_bytes", "total")):
+        ours, theirs = predicted[key], compiled[key]
+        rows.append((name, ours, theirs, ours / theirs - 1 if theirs else None))
+    return rows
+
+
+def compared_collectives(plan: Json) -> list[tuple[str, str, float, float]]:
+    """`(kind, axes, predicted, compiled)` bytes that a device sends, of every kind and axes that either has."""
+    theirs = (plan.get("compiled") or {}).get("collective_bytes")
+    if theirs is None:
+        return []
+    ours = plan["collective_bytes"]
+    keys = [(kind, axes) for table in (ours, theirs) for kind, row in table.items() for axes in row]
+    return [(kind, axes, ours.get(kind, {}).get(axes, 0), theirs.get(kind, {}).get(axes, 0)) for kind, axes in dict.fromkeys(keys)]
