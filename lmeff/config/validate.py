@@ -144,15 +144,15 @@ def check_synchronization(
             )
 
 
-def check_cuts(plan: MeshPlan, cfg: ModelConfig, degrees: dict[str, int], where: str) -> None:
-    """Refuses a model whose dims the mesh cannot cut evenly."""
+def check_cuts(sequence: str, cfg: ModelConfig, degrees: dict[str, int], where: str) -> None:
+    """Refuses a model whose dims the mesh cannot cut evenly; `sequence` as `mesh.sequence` has it."""
     problems = indivisible(param_specs(cfg), degrees)
     if problems:
         raise ConfigError(
             f"{where}: the mesh cannot cut {' and '.join(problems)} evenly; expected divisors. Change the degree or the model's size."
         )
     ways = degrees["tensor"] * degrees["context"]
-    if plan.sequence == "ulysses" and cfg.heads % ways:
+    if sequence == "ulysses" and cfg.heads % ways:
         raise ConfigError(
             f"{where}: got {cfg.heads} query heads, expected a multiple of mesh.tensor x mesh.context = {degrees['tensor']} x {degrees['context']}: "
             "mesh.sequence 'ulysses' gives every device whole heads. Set mesh.sequence to 'ring' or 'gather', or lower mesh.context."
@@ -182,7 +182,7 @@ def _check_shape(experiment: Experiment, stage: Stage, cfg: ModelConfig, degrees
             f"{where}: the model has a vocabulary of {cfg.vocab} and the tokenizer '{experiment.data.tokenizer}' makes {needed} ids; "
             f"expected at least as many. Set model.vocab to {needed} or more."
         )
-    check_cuts(experiment.mesh, cfg, degrees, where)
+    check_cuts(experiment.mesh.sequence, cfg, degrees, where)
 
 
 def _check_stage(
