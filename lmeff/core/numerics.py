@@ -191,10 +191,22 @@ def quantize(
 
 def dequantize(t: QTensor) -> jax.Array:
     """`(q - zero) * scale` in float32, rounded once to the tensor's dtype."""
-    steps = t.q.astype(jnp.float32)
-    if t.zero is not None:
-        steps = steps - expand(t.zero, t.format, t.axes, t.shape).astype(jnp.float32)
-    return (steps * expand(t.scale, t.format, t.axes, t.shape)).astype(t.dtype)
+    scale, zero = (None if x is None else expand(x, t.format, t.axes, t.shape) for x in (t.scale, t.zero))
+    return affine(t.q, scale, zero).astype(t.dtype)
+
+
+def affine(q: Any, scale: Any, zero: Any = None) -> jax.Array:
+    """`(q - zero) * scale` in float32 (Jacob et al. 2018, https://arxiv.org/abs/1712.05877, equation 1); no `zero` is a zero of 0. Shapes broadcast.
+
+    >>> affine(jnp.array([-128, 0, 127], jnp.int8), 0.5, -128).tolist()
+    [0.0, 64.0, 127.5]
+    >>> affine(jnp.array([[1, 2], [3, 4]], jnp.int8), jnp.array([[0.5], [2.0]])).tolist()
+    [[0.5, 1.0], [6.0, 8.0]]
+    """
+    steps = jnp.asarray(q).astype(jnp.float32)
+    if zero is not None:
+        steps = steps - jnp.asarray(zero).astype(jnp.float32)
+    return steps * scale
 
 
 def materialize(tree: Any) -> Any:

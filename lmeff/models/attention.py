@@ -165,7 +165,7 @@ def _tile_backward(
 # ---- both forms over all rows and key-value heads
 
 
-def _blocked(forward: Callable[..., Any], backward: Callable[..., Any], multiple: int) -> Callable[..., jax.Array]:
+def blocked(forward: Callable[..., Any], backward: Callable[..., Any], multiple: int) -> Callable[..., jax.Array]:
     """Lifts a form of one key-value head to [B, T, H, C], with its custom gradient; rows are padded to whole blocks."""
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -238,7 +238,7 @@ TILE = 256
 HEADS_TOGETHER = 8
 
 FORMS: dict[str, Form] = {
-    "panels": _blocked(_panel_forward, _panel_backward, 1),
-    "tiles": _blocked(_tile_forward, _tile_backward, TILE),
+    "panels": blocked(_panel_forward, _panel_backward, 1),
+    "tiles": blocked(_tile_forward, _tile_backward, TILE),
     "splash": splash.attend,
 }

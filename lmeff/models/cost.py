@@ -21,7 +21,7 @@ def flops_per_token(cfg: ModelConfig, context: int) -> int:
         for path, spec in flatten(param_specs(cfg)).items()
         if spec.is_matmul and (path != "embed/table" or cfg.tied)
     )
-    return 2 * weights + cfg.layers * round(4 * cfg.heads * cfg.head_size * _mean_visible(context, cfg.window))
+    return 2 * weights + cfg.layers * round(4 * cfg.heads * cfg.head_size * mean_visible(context, cfg.window))
 
 
 def active(spec: ParamSpec, cfg: ModelConfig) -> int:
@@ -35,7 +35,7 @@ def active_parameters(cfg: ModelConfig) -> int:
     return sum(active(spec, cfg) for spec in flatten(param_specs(cfg)).values())
 
 
-def _mean_visible(context: int, window: int | None) -> float:
+def mean_visible(context: int, window: int | None) -> float:
     """Mean number of keys a token sees in a causal (windowed) sequence."""
     span = context if window is None else min(window, context)
     return (span * (span + 1) / 2 + (context - span) * span) / context

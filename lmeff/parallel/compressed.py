@@ -138,6 +138,13 @@ def from_matrices(matrices: jax.Array, spec: ParamSpec, shape: tuple[int, ...]) 
     return jnp.transpose(moved, [order.index(i) for i in range(len(order))])
 
 
+def sides(spec: ParamSpec) -> tuple[int, int]:
+    """The rows and columns of each of a parameter's matrices."""
+    order, stacks, rows = _order(spec)
+    sizes = [spec.shape[i] for i in order[stacks:]]
+    return math.prod(sizes[:rows]), math.prod(sizes[rows:])
+
+
 def _order(spec: ParamSpec) -> tuple[list[int], int, int]:
     """The dims as stacks, rows, columns; and how many of the first two."""
     stacks = [i for i, letter in enumerate(spec.letters) if letter in "LE"]
@@ -157,7 +164,7 @@ def _powersgd(config: Reduce, specs: Tree) -> Reducer:
             spec = flat.get(keys)
             if spec is None or not spec.is_matmul or not isinstance(path[-1], jax.tree_util.DictKey):
                 continue
-            *_, rows, columns = jax.eval_shape(lambda s=spec: as_matrices(jnp.zeros(s.shape), s)).shape
+            rows, columns = sides(spec)
             if config.rank * (rows + columns) < rows * columns:
                 found[i] = keys, spec
         return found

@@ -1,5 +1,6 @@
-"""A train step as the formulas see it: the model, the mesh, the sizes, and what a device holds and runs of them. Needs no devices."""
+"""A train step as the formulas see it: the models, the mesh, the sizes, and what a device holds and runs of them. Needs no devices."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,16 +9,20 @@ from typing import NamedTuple
 
 from lmeff.core.errors import ConfigError
 from lmeff.core.precision import Policy
+from lmeff.core.specs import ParamSpec
 from lmeff.core.tree import flatten
 from lmeff.models.config import ModelConfig
-from lmeff.models.transformer import param_specs
+from lmeff.models.remat import parse
+from lmeff.models.transformer import param_specs, sites
+from lmeff.parallel.compressed import Reduce
 from lmeff.parallel.hlo import Conditional, Taken
-from lmeff.parallel.mesh import ZERO_AXIS, Layout, MeshPlan, indivisible, names, plan_layout
-from lmeff.parallel.schedules import resolve
+from lmeff.parallel.mesh import BATCH_AXES, ZERO_AXIS, Layout, MeshPlan, indivisible, names, plan_layout
+from lmeff.parallel.order import check_tokens
+from lmeff.parallel.schedules import is_file, resolve
 from lmeff.parallel.stages import layer_table
 from lmeff.parallel.tables import Schedule
 
-TENSOR, PIPE = "tensor", "pipe"
+CONTEXT, EXPERT, PIPE, TENSOR = "context", "expert", "pipe", "tensor"
 EMBEDDING = "embed/table"
 
 
@@ -28,15 +33,82 @@ class Leaf(NamedTuple):
     elements: float
     axes: tuple[str, ...]
     layers: int
-    is_matmul: bool
+    spec: ParamSpec
+
+    @property
+    def is_matmul(self) -> bool:
+        """Whether an einsum contracts it."""
+        return self.spec.is_matmul
+
+    @property
+    def in_block(self) -> bool:
+        """Whether it belongs to the layers."""
+        return self.path.startswith("blocks/")
+
+    @property
+    def routed(self) -> bool:
+        """Whether the layer of experts itself moves it, as code for one device's shards (`parallel.experts`)."""
+        return self.path.startswith("blocks/moe/") and "/shared/" not in self.path
+
+    @property
+    def is_router(self) -> bool:
+        """Whether it stays in the dtype of the parameters."""
+        return self.path.endswith("/router")
+
+
+class Again(NamedTuple):
+    """What a layer's backward pass does again of the collectives of its forward pass: over tensor, and whether it goes through attention, and
+    through anything at all."""
+
+    gathers: int = 0
+    reductions: int = 0
+    attention: bool = False
+    any: bool = False
+
+
+class Member(NamedTuple):
+    """A model that runs in a step.
+
+    forward:  how often a device runs a layer forward in a step, but for what rematerialisation runs again.
+    backward: how often it runs one backward; 0 for a teacher.
+    slice:    the layers in one turn of a pipeline's op, or all.
+    """
+
+    cfg: ModelConfig
+    leaves: tuple[Leaf, ...]
+    forward: float
+    backward: float
+    slice: int
+    again: Again = Again()
+
+    @property
+    def trained(self) -> bool:
+        """Whether it has gradients."""
+        return self.backward > 0
+
+    def is_head(self, leaf: Leaf) -> bool:
+        """Whether the loss multiplies with it."""
+        return leaf.path == (EMBEDDING if self.cfg.tied else "head/w")
+
+
+class Local(NamedTuple):
+    """Workers along an axis that train apart and meet every so many steps, in so many fragments (`train.local_updates`)."""
+
+    axis: str
+    every: int
+    fragments: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A train step of plain training.
+    """A train step.
 
-    rows:   of the global batch, all microbatches. tokens: of a row. chunk: tokens whose logits exist at a time.
-    stage:  of the pipeline, whose device is asked about: the first embeds, the last has the loss.
+    rows:    of the global batch, all microbatches. tokens: of a row. chunk: tokens whose logits exist at a time.
+    remat:   as `models.remat` reads it; a budget has to be resolved first (`parallel.activations.choose`).
+    stage:   of the pipeline, whose device is asked about: the first embeds, the last has the loss.
+    teacher: the model whose logits are matched; its weights are stored as the policy says of parameters.
+    reduce:  how gradients are compressed where they cross the batch axes.
+    local:   workers that train apart; what they say to each other counts as spread evenly over steps.
     """
 
     cfg: ModelConfig
@@ -49,65 +121,100 @@ class Step:
     policy: Policy = field(default_factory=Policy)
     chunk: int = 1024
     stage: int = 0
+    teacher: ModelConfig | None = None
+    reduce: Reduce | None = None
+    local: Local | None = None
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be cut, and what has no row in the table yet."""
+        """Refuses what cannot be cut, in one line."""
         degrees = self.degrees
-        missing = [axis for axis in ("expert", "context") if degrees[axis] > 1] + ["model.moe"] * (
-            self.cfg.moe is not None
-        )
-        if missing:
-            raise ConfigError(
-                f"volume: got {' and '.join(missing)}, whose collectives have no formula yet; expected neither experts nor a context axis"
-            )
-        problems = indivisible(param_specs(self.cfg), degrees)
-        if self.tokens % degrees[TENSOR]:
-            problems.append(f"T = {self.tokens} over tensor = {degrees[TENSOR]}")
-        if self.rows % (self.layout.size(self.layout.axes("B")) * self.accumulate):
+        problems = [problem for cfg in self.models for problem in _indivisible(cfg, self.plan, self.devices)]
+        check_tokens("volume", self.plan.sequence, self.tokens, degrees[CONTEXT])
+        if self.tokens // degrees[CONTEXT] % degrees[TENSOR]:
+            cut = " x ".join(f"{axis}" for axis in (CONTEXT, TENSOR) if degrees[axis] > 1)
+            problems.append(f"T = {self.tokens} over {cut} = {degrees[CONTEXT] * degrees[TENSOR]}")
+        if self.rows % (self.rows_cut * self.accumulate):
             problems.append(f"B = {self.rows} over the batch axes and {self.accumulate} microbatches")
+        heads = degrees[CONTEXT] * degrees[TENSOR]
+        if self.plan.sequence == "ulysses" and any(cfg.heads % heads for cfg in self.models):
+            problems.append(f"H = {[cfg.heads for cfg in self.models]} over context x tensor = {heads} for ulysses")
         if problems:
             raise ConfigError(f"volume: got {'; '.join(problems)}; expected sizes that divide")
-        if not 0 <= self.stage < degrees[PIPE]:
-            raise ConfigError(f"volume: got stage {self.stage}, expected 0 to {degrees[PIPE] - 1}")
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        """Refuses stages, slices, workers and policies that there are none of."""
+        stages = self.degrees[PIPE]
+        if not 0 <= self.stage < stages:
+            raise ConfigError(f"volume: got stage {self.stage}, expected 0 to {stages - 1}")
+        if self.schedule is not None and min(cfg.layers for cfg in self.models) < self.schedule.slices:
+            fewest = min(cfg.layers for cfg in self.models)
+            raise ConfigError(f"volume: got {fewest} layers, expected at least a layer in each of {self.schedule.slices} slices")
+        if self.local is not None and (self.local.axis not in ("dcn", "data") or self.degrees[self.local.axis] == 1):
+            raise ConfigError(f"volume: got workers along '{self.local.axis}', expected dcn or data, and at least two of them")
+        if self.teacher is not None and self.teacher.vocab != self.cfg.vocab:
+            raise ConfigError(f"volume: got a teacher with V = {self.teacher.vocab}, expected the student's {self.cfg.vocab}")
+        if parse(self.remat, sites(self.cfg)).kind == "budget":
+            raise ConfigError(f"volume: got remat '{self.remat}', expected the policy it means here; see parallel.activations.choose")
+
+    @property
+    def models(self) -> list[ModelConfig]:
+        """The student, and the teacher where there is one."""
+        return [self.cfg] if self.teacher is None else [self.cfg, self.teacher]
 
     @cached_property
     def layout(self) -> Layout:
-        """Without devices."""
-        return plan_layout(self.plan, self.devices)
+        """Without devices; of workers that train apart, as each of them sees it."""
+        return _layout(self.plan, self.devices, () if self.local is None else (self.local.axis,))
 
-    @property
+    @cached_property
     def degrees(self) -> dict[str, int]:
         """The size of every axis."""
         return dict(self.layout.mesh.shape)
 
     @property
     def batch(self) -> tuple[str, ...]:
-        """The axes that cut rows."""
+        """The axes that cut rows, and that gradients are summed over: not that of workers who train apart."""
         return self.layout.axes("B")
+
+    @property
+    def rows_cut(self) -> int:
+        """In how many parts rows are cut."""
+        return self.layout.size(BATCH_AXES)
 
     @property
     def region(self) -> bool:
         """Whether gradients are reduced once, in a region."""
-        return self.accumulate > 1 or self.degrees[PIPE] > 1
+        return self.accumulate > 1 or self.degrees[PIPE] > 1 or self.reduce is not None
+
+    @property
+    def nested(self) -> bool:
+        """Whether models run inside a `jax.shard_map` over some axes, of a region or of workers: there JAX does not check what varies over the others."""
+        return self.local is not None or (self.region and bool(self.layout.axes("BL")))
 
     @cached_property
     def schedule(self) -> Schedule | None:
         """Of the pipeline."""
         stages = self.degrees[PIPE]
-        return resolve(self.plan.schedule, stages, self.accumulate, self.plan.chunks) if stages > 1 else None
+        if stages == 1:
+            return None
+        make = resolve if is_file(self.plan.schedule) else _schedule  # a file may change
+        return make(self.plan.schedule, stages, self.accumulate, self.plan.chunks)
+
+    @property
+    def tokens_here(self) -> int:
+        """A device's tokens of one microbatch, all of those that tensor cuts further."""
+        return self.rows // self.rows_cut // self.accumulate * (self.tokens // self.degrees[CONTEXT])
+
+    @property
+    def rows_here(self) -> int:
+        """A device's rows of one microbatch."""
+        return self.rows // self.rows_cut // self.accumulate
 
     @property
     def activation(self) -> int:
         """Elements of a device's [B, T, D] of one microbatch, whole over tensor."""
-        return self.rows // self.layout.size(self.batch) // self.accumulate * self.tokens * self.cfg.width
-
-    @property
-    def passes(self) -> float:
-        """How often a device runs a layer forward, by layers and microbatches."""
-        if self.schedule is None:
-            return self.cfg.layers * self.accumulate
-        table = layer_table(self.schedule, self.cfg.layers)
-        return self.accumulate * self.schedule.chunks * table.shape[-1]  # padding is run, too
+        return self.tokens_here * self.cfg.width
 
     @property
     def first(self) -> bool:
@@ -120,9 +227,33 @@ class Step:
         return self.schedule is None or self.schedule.home(self.schedule.slices - 1)[0] == self.stage
 
     @cached_property
-    def leaves(self) -> list[Leaf]:
-        """All parameters."""
-        return leaves_of(self.cfg, self.layout)
+    def student(self) -> Member:
+        """What is trained."""
+        passes, size = self._passes(self.cfg)
+        twice = self.schedule is not None and self.plan.stash == "input"
+        return Member(self.cfg, leaves_of(self.cfg, self.layout), passes * (1 + twice), passes, size, again_of(self.remat, self.cfg))
+
+    @cached_property
+    def members(self) -> list[Member]:
+        """All models. A teacher's slices run beside the student's; where F keeps inputs, the last one runs again for the loss."""
+        if self.teacher is None:
+            return [self.student]
+        passes, size = self._passes(self.teacher)
+        if self.schedule is not None and self.plan.stash == "input" and self.last:
+            passes += self.accumulate * size
+        return [self.student, Member(self.teacher, leaves_of(self.teacher, self.layout), passes, 0, size)]
+
+    def _passes(self, cfg: ModelConfig) -> tuple[float, int]:
+        """How often a device runs a layer, by layers and microbatches, and the layers of a slice; padding is run, too."""
+        if self.schedule is None:
+            return cfg.layers * self.accumulate, cfg.layers
+        size = -(-cfg.layers // self.schedule.slices)
+        return self.accumulate * self.schedule.chunks * size, size
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """All parameters that are trained."""
+        return self.student.leaves
 
     @property
     def turns_head(self) -> bool:
@@ -130,27 +261,58 @@ class Step:
         cut = self.layout.size((ZERO_AXIS, TENSOR))
         return not self.region and self.plan.zero == 3 and self.degrees[ZERO_AXIS] > 1 and self.cfg.vocab % cut == 0
 
-    def is_head(self, leaf: Leaf) -> bool:
-        """Whether the loss multiplies with it."""
-        return leaf.path == (EMBEDDING if self.cfg.tied else "head/w")
+
+def again_of(remat: str, cfg: ModelConfig) -> Again:
+    """What a policy computes again: what enters a sublayer is never kept; the attention's output matrix multiplies again unless its product is."""
+    policy = parse(remat, sites(cfg))
+    if policy.kind == "none":
+        return Again()
+    kept = set(policy.names)
+    return Again(2, int(not kept & {"product", "attn.o"}), "attn_out" not in kept, True)
 
 
-def leaves_of(cfg: ModelConfig, layout: Layout) -> list[Leaf]:
+@functools.lru_cache(maxsize=1024)
+def _layout(plan: MeshPlan, devices: int, manual: tuple[str, ...]) -> Layout:
+    layout = plan_layout(plan, devices)
+    return layout.within(manual) if manual else layout
+
+
+@functools.lru_cache(maxsize=256)
+def _schedule(name: str, stages: int, microbatches: int, chunks: int | None) -> Schedule:
+    return resolve(name, stages, microbatches, chunks)
+
+
+@functools.lru_cache(maxsize=1024)
+def _indivisible(cfg: ModelConfig, plan: MeshPlan, devices: int) -> tuple[str, ...]:
+    return tuple(indivisible(_specs(cfg), plan.degrees(devices)))
+
+
+@functools.lru_cache(maxsize=64)
+def _specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
+    return flatten(param_specs(cfg))
+
+
+@functools.lru_cache(maxsize=1024)
+def leaves_of(cfg: ModelConfig, layout: Layout) -> tuple[Leaf, ...]:
     """The parameters of a model on a layout."""
     found = []
-    for path, spec in flatten(param_specs(cfg)).items():
+    for path, spec in _specs(cfg).items():
         axes = tuple(axis for entry in layout.partition(spec.letters, spec.shape) for axis in names(entry))
         size = math.prod(spec.shape) / layout.size([axis for axis in axes if axis != ZERO_AXIS])
         stages = layout.mesh.shape[PIPE] if PIPE in axes else 1
-        found.append(Leaf(path, size, axes, spec.shape[0] // stages if spec.stacked else 1, spec.is_matmul))
-    return found
+        found.append(Leaf(path, size, axes, spec.shape[0] // stages if spec.stacked else 1, spec))
+    return tuple(found)
 
 
 def branch_counts(step: Step) -> Taken:
-    """How often a device of `step.stage` takes the branches of a compiled pipeline, for `lmeff.parallel.hlo.collectives`; others are taken every time."""
-    schedule = step.schedule
+    """How often a device of `step.stage` takes the branches of a compiled step, for `lmeff.parallel.hlo.collectives`: those of a pipeline, and as a mean
+    over steps those in which workers meet. Others are taken every time."""
+    schedule, local = step.schedule, step.local
 
     def taken(found: Conditional) -> Sequence[float]:
+        if local is not None and found.origin.endswith("shard_map/cond") and "while" not in found.origin:
+            meets = [1 / local.every] * local.fragments
+            return [1 - sum(meets), *meets, 0][: found.count]  # the last, after a run's last step, is there for several fragments
         if schedule is None:
             return [found.times] * found.count
         if not found.around and found.count == 4:  # the executor's switch: idle, F, B, W

@@ -46,7 +46,7 @@ def test_equals_the_oracle(name, form, monkeypatch):
     monkeypatch.setattr(attn, "TILE", 32)
     forms = {
         "short": attn.FORMS["panels"],
-        "long": attn._blocked(attn._tile_forward, attn._tile_backward, 32),
+        "long": attn.blocked(attn._tile_forward, attn._tile_backward, 32),
     }
     rows, length, heads, kv_heads, mask = CASES[name]
     args = inputs(rows, length, heads, kv_heads)
@@ -87,7 +87,7 @@ def test_long_rows_need_no_square_of_scores():
 
 @pytest.mark.parametrize("form", ["short", "long"])
 def test_inside_shards(form):
-    fn = attn.FORMS["panels"] if form == "short" else attn._blocked(attn._tile_forward, attn._tile_backward, 256)
+    fn = attn.FORMS["panels"] if form == "short" else attn.blocked(attn._tile_forward, attn._tile_backward, 256)
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     args = inputs(4, 64, 4, 2)
     mask = attn.Mask(None, None)

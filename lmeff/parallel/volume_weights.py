@@ -1,0 +1,176 @@
+"""Rows of `parallel/volume.py`: weights made whole over fsdp, and gradients summed over everything that cuts rows and tokens."""
+
+from collections.abc import Iterator
+
+from lmeff.parallel.mesh import ZERO_AXIS
+from lmeff.parallel.volume_reduced import reduced
+from lmeff.parallel.volume_term import PARTIAL, Term, order
+from lmeff.parallel.workload import CONTEXT, EMBEDDING, TENSOR, Leaf, Member, Step, leaves_of
+
+
+def weights(step: Step) -> Iterator[Term]:
+    """Parameters made whole over fsdp: once in a region, else for the forward and again for the backward pass of each layer.
+
+    The head turns, and its gradient turns back (`Step.turns_head`), or it is gathered once. Of the embedding, rows are looked up (`embedding`). A
+    teacher has no backward pass.
+    """
+    for member in step.members:
+        for leaf in member.leaves:
+            if ZERO_AXIS not in leaf.axes:
+                continue
+            if step.region:
+                yield Term("all-gather", (ZERO_AXIS,), leaf.elements, step.policy.params)
+            elif member.is_head(leaf) and step.turns_head:
+                part = leaf.elements / step.degrees[ZERO_AXIS]
+                yield Term("all-to-all", (ZERO_AXIS,), part, step.policy.compute, 1 + member.trained)
+            elif member.is_head(leaf) or leaf.path != EMBEDDING:
+                times = 1 if member.is_head(leaf) or not member.trained else _gathers(step, leaf)
+                dtype = step.policy.params if leaf.is_router else step.policy.compute
+                yield _by_layer(leaf, Term("all-gather", (ZERO_AXIS,), leaf.elements, dtype, times))
+
+
+def _gathers(step: Step, leaf: Leaf) -> int:
+    """How often a layer's weight is gathered in a forward and a backward pass.
+
+    What the layer of experts gathers itself is kept for the backward pass, unless it is run again. With rematerialisation XLA gathers a norm's scale a
+    third time, and beside tensor parallelism the attention's output matrix where its product is computed again.
+    """
+    again = step.student.again
+    if leaf.routed:
+        return 1 + again.any
+    third = again.any and leaf.in_block and not leaf.is_matmul
+    return 3 if third or (leaf.path.endswith("/wo") and TENSOR in leaf.axes and again.reductions > 0) else 2
+
+
+def updates(step: Step) -> Iterator[Term]:
+    """Stages 1 and 2 of ZeRO: each device updates its part of the parameters, and all parts are gathered."""
+    if step.plan.zero in (1, 2):
+        for leaf in leaves_of(step.cfg, step.layout.of_optimizer):
+            if ZERO_AXIS in leaf.axes:
+                yield Term("all-gather", (ZERO_AXIS,), leaf.elements, step.policy.params)
+
+
+def gradients(step: Step) -> Iterator[Term]:
+    """Gradients summed over the axes of rows, and over pipe where every stage has a parameter. What is cut over fsdp is scattered there, and its part
+    summed over the others.
+
+    Automatic: stages 2 and 3 of ZeRO scatter, stage 1 sums whole; vectors, and the head, whose gradient the loss sums itself, are never scattered. In a
+    region only stage 3 scatters, or what crosses is compressed.
+    """
+    for leaf in step.leaves:
+        if step.region:
+            yield from reduced(step, leaf)
+        elif leaf.path == EMBEDDING:
+            yield from _table_gradient(step, leaf)
+        elif step.student.is_head(leaf):
+            yield _head_gradient(step, leaf)
+        else:
+            yield from (_by_layer(leaf, term) for term in _placed_gradient(step, leaf))
+
+
+def _placed_gradient(step: Step, leaf: Leaf) -> Iterator[Term]:
+    """Of a leaf in an automatic step, all layers. The layer of experts sums its own, over context too, in the dtype that it computes in."""
+    left = {axis for axis in step.batch if axis not in leaf.axes or axis == ZERO_AXIS}
+    scattered = scatters(step, leaf)
+    dtype = PARTIAL
+    if leaf.routed:
+        left |= {CONTEXT}
+        dtype = step.policy.params if leaf.is_router else step.policy.compute
+    if scattered:
+        left -= {ZERO_AXIS}
+        yield Term("reduce-scatter", (ZERO_AXIS,), leaf.elements, dtype, placed=not leaf.routed)
+    yield Term("all-reduce", order(left), leaf.elements / (step.degrees[ZERO_AXIS] if scattered else 1), dtype)
+
+
+def scatters(step: Step, leaf: Leaf) -> bool:
+    """Whether an automatic step cuts a gradient over fsdp as it is summed there."""
+    if ZERO_AXIS not in step.batch or not leaf.is_matmul:
+        return False
+    return ZERO_AXIS in leaf.axes if leaf.routed else step.plan.zero >= 2
+
+
+def _by_layer(leaf: Leaf, term: Term) -> Term:
+    """A term of all layers as that of each."""
+    if not leaf.in_block:
+        return term
+    return term._replace(elements=term.elements / leaf.layers, times=term.times * leaf.layers, loop="layer")
+
+
+def _table_gradient(step: Step, leaf: Leaf) -> Iterator[Term]:
+    """Of the embedding's table. Its rows come to where they are summed (`embedding`) as they went; a tied head adds its own."""
+    left = {axis for axis in step.batch if axis != ZERO_AXIS or not exchanges_rows(step)}
+    part = leaf.elements / (step.degrees[ZERO_AXIS] if exchanges_rows(step) else 1)
+    if step.layout.axes("VD"):
+        yield Term("all-reduce", order({*left, CONTEXT}), part, step.policy.compute)
+    elif step.nested:
+        yield from gathered_rows(step, order({*left, CONTEXT}))
+    else:
+        yield Term("all-reduce", order(left), part, step.policy.compute)
+        yield Term("all-reduce", (CONTEXT,), part, step.policy.compute)
+    if step.student.is_head(leaf):
+        yield _head_gradient(step, leaf)
+
+
+def gathered_rows(step: Step, axes: tuple[str, ...]) -> Iterator[Term]:
+    """Inside a `jax.shard_map` XLA does not sum a whole table that it scatters rows into: it gathers the rows and their ids."""
+    tokens = step.tokens_here * step.layout.size(axes)
+    runs = step.accumulate * step.first
+    yield Term("all-gather", axes, tokens * step.cfg.width, step.policy.compute, runs, loop="microbatch")
+    yield Term("all-gather", axes, tokens, "int32", runs, loop="microbatch")
+
+
+def _head_gradient(step: Step, leaf: Leaf) -> Term:
+    """Summed by the loss, of this device's part of the vocabulary."""
+    left = order(axis for axis in (*step.batch, CONTEXT) if axis != ZERO_AXIS or not step.turns_head)
+    return Term("all-reduce", left, leaf.elements / (step.degrees[ZERO_AXIS] if step.turns_head else 1), PARTIAL)
+
+
+def exchanges_rows(step: Step) -> bool:
+    """Whether rows of the embedding travel over fsdp: in an automatic step whose table is cut over D, or only its gradient is (stage 2)."""
+    cut_gradient = step.plan.zero == 2 and step.degrees[TENSOR] == 1
+    return not step.region and step.degrees[ZERO_AXIS] > 1 and (step.plan.zero == 3 or cut_gradient)
+
+
+def inner_gradients(step: Step) -> Iterator[Term]:
+    """What context and tensor leave to be summed of gradients, in every microbatch: of a scale or bias that tensor does not cut each device has seen a
+    part of T, of anything each part of the context its tokens.
+    """
+    for leaf in step.leaves:
+        if leaf.in_block:
+            yield from _of_block(step, leaf)
+        elif leaf.path.startswith("final_norm"):
+            runs = step.accumulate * step.last
+            yield Term("all-reduce", (CONTEXT, TENSOR), leaf.elements, step.policy.output, runs, loop="microbatch")
+        elif step.region:
+            yield from _of_ends(step, leaf)
+
+
+def _of_block(step: Step, leaf: Leaf) -> Iterator[Term]:
+    """Of one layer."""
+    size, times = leaf.elements / leaf.layers, step.student.backward
+    over_tensor = () if TENSOR in leaf.axes else (TENSOR,)
+    compute = step.policy.params if leaf.is_router else step.policy.compute
+    if leaf.routed:
+        if step.nested:
+            yield Term("all-reduce", (CONTEXT, *over_tensor), size, compute, times, loop="layer")
+    elif leaf.is_matmul:
+        part = size / (step.degrees[ZERO_AXIS] if not step.region and scatters(step, leaf) else 1)
+        yield Term("all-reduce", (CONTEXT,), part, PARTIAL, times, loop="layer")
+    elif leaf.spec.letters.endswith("D"):
+        yield Term("all-reduce", (CONTEXT, *over_tensor), size, compute, times, loop="layer")
+    else:
+        for axes in ((CONTEXT,), over_tensor):
+            yield Term("all-reduce", axes, size, compute, times, loop="layer")
+
+
+def _of_ends(step: Step, leaf: Leaf) -> Iterator[Term]:
+    """Of the table and the head in a region, whose microbatches each sum over context; an automatic step does it with the rows (`gradients`)."""
+    if leaf.path == EMBEDDING:
+        if step.layout.axes("V") or not step.nested:
+            runs = step.accumulate * step.first
+            yield Term("all-reduce", (CONTEXT,), leaf.elements, step.policy.compute, runs, loop="microbatch")
+        elif step.degrees[CONTEXT] > 1:
+            yield from gathered_rows(step, (CONTEXT,))
+    if step.student.is_head(leaf):
+        runs = step.accumulate * step.last
+        yield Term("all-reduce", (CONTEXT,), leaf.elements, PARTIAL, runs, loop="microbatch")
