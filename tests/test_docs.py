@@ -17,7 +17,7 @@ from lmeff.models.config import PRESETS
 from lmeff.models.transformer import param_specs
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/extend.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/extend.md", "docs/plan.md")
 
 
 def blocks(page):

@@ -10,6 +10,7 @@ from lmeff.parallel.schedule_csv import to_csv
 from lmeff.parallel.schedules import resolve
 from lmeff.plan.estimate import Estimate, Memory, SiteTime
 from lmeff.plan.job import Job
+from lmeff.plan.work import CONVENTIONS
 
 Json = dict[str, Any]
 PROMISED = (
@@ -31,6 +32,7 @@ def estimate_json(estimate: Estimate) -> Json:
         "tokens_per_second": time.tokens_per_second,
         "utilization": {"mfu_full": time.mfu_full, "mfu_causal": time.mfu_causal, "hfu": time.hfu},
         "flops": {"hardware": work.hardware, "effective": work.effective, "six_nd": work.six_nd},
+        "conventions": dict(CONVENTIONS),
         "memory": [memory_json(memory) for memory in estimate.memory],
         "collectives": [flow._asdict() for flow in estimate.flows],
         "sites": [site_json(site) for site in time.sites],

@@ -7,16 +7,17 @@ from lmeff.report import words
 
 Json = Mapping[str, Any]
 
-# What each figure of FLOPs counts; a FLOP is a multiplication or an addition.
+# What each figure of FLOPs counts, in a line; a plan's "conventions" say it in full. A FLOP is a multiplication or an addition.
 FLOPS: dict[str, str] = {
     "forward": "2 a weight and token of every product; the head counts, the embedding lookup does not",
-    "backward": "twice the forward pass: gradients of inputs and of weights",
-    "recompute": "products that the remat policy runs again",
+    "backward": "twice the forward products: gradients of inputs and of weights",
+    "recompute": "what the backward pass runs again, by the remat policy and the pipeline",
     "attention forward": "scores and values of the keys that a token sees: causal",
-    "attention backward": "the same for the gradients; scores are made again in the kernel",
+    "attention backward": "the same for the gradients, with what the kernel makes again",
     "teacher": "the teacher's forward pass",
-    "compression": "transforms of the weights, elementwise",
+    "compression": "masks and grids of weights and activations, elementwise",
     "optimizer": "the update, elementwise",
+    "padding": "layers that are none, where slices of the pipeline do not divide them",
     "hardware": "everything that runs (HFU)",
     "model_full": "forward and backward alone, every query with every key (PaLM's MFU)",
     "model_causal": "the same with causal attention",
@@ -107,7 +108,7 @@ def binding(plan: Json) -> str:
     if not parts:
         return ""
     name = max(parts, key=lambda part: parts[part])
-    return f"{name} binds: {words.brief(parts[name])} of {words.brief(sum(parts.values()))} that the parts take one after another"
+    return f"{name.capitalize()} takes most, {words.brief(parts[name])} of {words.brief(sum(parts.values()))}"
 
 
 def compared(plan: Json) -> list[tuple[str, float, float, float | None]]:
