@@ -1,6 +1,7 @@
 """The command line: `lmeff run | train | eval | plan | report | config show | schedule | doctor`.
 
-Logs go to stderr under `--json`, which leaves one JSON object on stdout. Exit codes: 0 ok, 2 usage, 3 config, 4 data, 5 checkpoint, 6 does not fit, 1 anything else.
+Logs go to stderr under `--json`, which leaves one JSON object on stdout.
+Exit codes: 0 ok, 2 usage, 3 config, 4 data, 5 checkpoint, 6 does not fit, 1 anything else.
 """
 
 import json
@@ -15,7 +16,16 @@ import tyro
 from rich.console import Console
 
 from lmeff import __version__
-from lmeff.commands import Doctor, MakeReport, ShowConfig, ShowSchedule, examine, make_report, show_config, show_schedule
+from lmeff.commands import (
+    Doctor,
+    MakeReport,
+    ShowConfig,
+    ShowSchedule,
+    examine,
+    make_report,
+    show_config,
+    show_schedule,
+)
 from lmeff.config.files import load_experiment, read
 from lmeff.config.overrides import override, resolve
 from lmeff.config.validate import validate

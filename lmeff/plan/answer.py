@@ -4,15 +4,20 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.leaves import Leaf, leaf_table
 from lmeff.parallel.schedule_csv import to_csv
 from lmeff.parallel.schedules import resolve
 from lmeff.plan.estimate import Estimate, Memory, SiteTime
+from lmeff.plan.hardware import Chip
 from lmeff.plan.job import Job
+from lmeff.plan.search import Search
+from lmeff.plan.serving import Serving, serving, table
 from lmeff.plan.work import CONVENTIONS
 
 Json = dict[str, Any]
+BATCHES = (1, 32)  # rows that are served at a time
 PROMISED = (
     "parameters", "flops_per_step", "bytes_per_device", "collective_bytes", "step_seconds", "energy_kwh", "fits", "compiled",
 )  # fmt: skip
@@ -47,6 +52,7 @@ def job_json(job: Job) -> Json:
     """What was planned, in the config's own words."""
     return {
         "mesh": job.degrees,
+        "words": mesh_words(job),
         "zero": job.mesh.zero,
         "sequence": job.mesh.sequence,
         "precision": job.precision,
@@ -78,6 +84,90 @@ def schedule_json(job: Job) -> Json | None:
         return None
     schedule = resolve(job.mesh.schedule, stages, job.accumulate, job.mesh.chunks)
     return {"name": schedule.name, "table": to_csv(schedule)}
+
+
+def search_json(found: Search) -> Json:
+    """What a search found: the best plans and those beside which they are best, each once, with its names."""
+    named: dict[Job, tuple[list[str], Estimate]] = {}
+    groups = {
+        "": found.best,
+        "best without a pipeline": (found.plain,),
+        "best with a pipeline": (found.piped,),
+        "least memory": (found.least,),
+        "the config's": (found.own,),
+    }
+    for name, estimates in groups.items():
+        for estimate in estimates:
+            if estimate is not None:
+                names, _ = named.setdefault(estimate.job, ([], estimate))
+                names += [name] if name else []
+    return {
+        "looked": found.looked,
+        "legal": found.legal,
+        "predicted": found.close,
+        "fit": found.fit,
+        "plans": [row_json(estimate, names) for names, estimate in named.values()],
+        "reasons": list(found.reasons),
+        "refused": {reason: refused._asdict() for reason, refused in found.refused.items()},
+    }
+
+
+def row_json(estimate: Estimate, names: Sequence[str]) -> Json:
+    """A plan among others."""
+    job, time = estimate.job, estimate.time
+    return {
+        "names": list(names),
+        "mesh": job.degrees,
+        "words": mesh_words(job),
+        "accumulate": job.accumulate,
+        "remat": job.remat,
+        "step_seconds": {"low": time.low, "middle": time.middle, "high": time.high},
+        "tokens_per_second": time.tokens_per_second,
+        "mfu_full": time.mfu_full,
+        "bytes": estimate.peak.total,
+        "fits": estimate.fits,
+        "notes": list(estimate.notes),
+    }
+
+
+def mesh_words(job: Job) -> str:
+    """The mesh with what is chosen beside its degrees: "fsdp 16 (zero 3) x pipe 4 (1f1b)"."""
+    mesh = job.mesh
+    beside = {
+        "fsdp": f" (zero {mesh.zero})",
+        "pipe": f" ({mesh.schedule}{_chunks(job)}, {mesh.stash})",
+        "context": f" ({mesh.sequence})",
+    }
+    parts = [f"{axis} {n}{beside.get(axis, '')}" for axis, n in job.degrees.items() if n > 1]
+    return " x ".join(parts) or "one device"
+
+
+def _chunks(job: Job) -> str:
+    return f" of {job.mesh.chunks} chunks" if job.mesh.chunks else ""
+
+
+def serving_json(cfg: ModelConfig, chip: Chip, context: int) -> Json:
+    """The model on as few devices as hold it in bfloat16, one row and many, in every pair of formats."""
+    devices = replica(cfg, chip, context)
+    rows = [row for batch in BATCHES for row in table(cfg, chip, devices=devices, batch=batch, context=context)]
+    return {"devices": devices, "context": context, "rows": [_served(row) for row in rows]}
+
+
+def replica(cfg: ModelConfig, chip: Chip, context: int) -> int:
+    """How many devices hold the model in bfloat16 with the cache of one row; the most that its heads can be cut over where none do."""
+    ways = [n for n in range(1, cfg.heads + 1) if cfg.heads % n == 0 and cfg.ffn % n == 0]
+    fits = (n for n in ways if serving(cfg, chip, devices=n, context=context).fits)
+    return next(fits, ways[-1])
+
+
+def _served(row: Serving) -> Json:
+    return {
+        **row._asdict(),
+        "prefill": row.prefill._asdict() | {"seconds": row.prefill.seconds, "bound": row.prefill.bound},
+        "decode": row.decode._asdict() | {"seconds": row.decode.seconds, "bound": row.decode.bound},
+        "prefill_ms": row.prefill_ms,
+        "decode_ms": row.decode_ms,
+    }
 
 
 def join(name: str, stages: Sequence[Json], chosen: Json) -> Json:

@@ -13,11 +13,12 @@ from rich.console import Console
 from lmeff.config import Experiment
 from lmeff.config.overrides import resolve
 from lmeff.core.errors import ConfigError, DoesNotFit, UsageError, UserError
-from lmeff.parallel.devices import parse_topology
-from lmeff.plan.answer import estimate_json, join
-from lmeff.plan.hardware import chip
+from lmeff.parallel.devices import Topology, parse_topology
+from lmeff.plan.answer import estimate_json, join, search_json, serving_json
+from lmeff.plan.hardware import Chip, chip
 from lmeff.plan.job import Job, jobs
 from lmeff.plan.predict import predict
+from lmeff.plan.search import search
 from lmeff.plan.show import overview, show
 from lmeff.report import plan_words
 from lmeff.report.plan import write_plan
@@ -69,11 +70,26 @@ class Plan:
 
 
 class Target(NamedTuple):
-    """What is planned for. topology: its name, or None."""
+    """What is planned for. topology: a TPU slice by name, or None."""
 
-    chip: str
+    chip: Chip
     devices: int
-    topology: str | None = None
+    topology: Topology | None = None
+    name: str | None = None
+
+
+def check(command: Plan) -> None:
+    """Refuses options that say nothing or contradict each other."""
+    if command.compile and command.no_compile:
+        raise UsageError("plan: got --compile and --no-compile, expected one of the two")
+    if command.budget_bytes is not None and command.budget_ms is not None:
+        raise UsageError("plan: got --budget-bytes and --budget-ms, expected one of the two")
+    if command.budget_bytes is not None:
+        size("--budget-bytes", command.budget_bytes)
+    if command.budget_ms is not None and not command.budget_ms > 0:
+        raise UsageError(f"--budget-ms: got {command.budget_ms}, expected milliseconds above 0, such as 20")
+    if command.tokens is not None:
+        count("--tokens", command.tokens)
 
 
 def target(command: Plan, experiment: Experiment) -> Target:
@@ -84,10 +100,10 @@ def target(command: Plan, experiment: Experiment) -> Target:
                 f"plan: got --topology {command.topology} with --chip or --devices, expected it alone: a topology has its chips and their number"
             )
         found = parse_topology(command.topology)
-        return Target(found.family, found.devices, command.topology)
+        return Target(chip(found.family), found.devices, found, command.topology)
     if command.devices is not None and command.devices < 1:
         raise UsageError(f"--devices: got {command.devices}, expected at least 1")
-    return Target(command.chip or "cpu", command.devices or asked(experiment))
+    return Target(chip(command.chip or "cpu"), command.devices or asked(experiment))
 
 
 def asked(experiment: Experiment) -> int:
@@ -101,31 +117,53 @@ def asked(experiment: Experiment) -> int:
 def plan(command: Plan, overrides: Sequence[str], console: Console) -> Json:
     """`lmeff plan`."""
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine is left to whoever trains on it
+    check(command)
     experiment, _ = resolve(command.config, overrides, prog="lmeff plan")
     where = target(command, experiment)
     chosen, others = choose(command, experiment, where)
-    answers = [estimate_json(predict(job, where.chip, where.topology)) for job in others]
+    plans = {job.name: predict(job, where.chip, where.topology) for job in others}
+    answers = [estimate_json(estimate) for estimate in plans.values()]
     found = next(answer for answer in answers if answer["stage"] == chosen.name)
+    found |= extras(command, chosen, where)
     answer = join(experiment.name, answers, found)
     if len(answers) > 1:
         overview(answers, console)
     show(found, console)
     if command.html is not None:
         _write(answer, command.html)
-        console.print(f"page: {command.html}", highlight=False)
-    if not found["fits"]:
+        console.print(f"page: {command.html}", highlight=False, soft_wrap=True)
+    if not _fits(found):
         raise DoesNotFit(f"{chosen.name}: {plan_words.verdict(found)}", answer)
     return answer
 
 
+def extras(command: Plan, job: Job, where: Target) -> Json:
+    """What the options ask for besides the plan itself."""
+    found: Json = {}
+    if command.search:
+        found["search"] = search_json(search(job, where.chip, topology=where.topology))
+    if command.serve:
+        found["serving"] = serving_json(job.cfg, where.chip, job.tokens)
+    return found
+
+
+def _fits(found: Json) -> bool:
+    """A search answers whether anything does."""
+    if "search" in found:
+        return found["search"]["fit"] > 0
+    return found["fits"]
+
+
 def choose(command: Plan, experiment: Experiment, where: Target) -> tuple[Job, list[Job]]:
     """The job to show in full, and all that are planned."""
-    found = jobs(experiment, where.devices, chip(where.chip).platform)
+    found = jobs(experiment, where.devices, where.chip.platform)
     if command.tokens is not None:
         tokens = count("--tokens", command.tokens)
         found = [job.changed(steps=-(-tokens // (job.rows * job.tokens))) for job in found]
     if not found:
-        raise ConfigError(f"{command.config}: no stage trains, expected one with steps above 0; there is nothing to plan")
+        raise ConfigError(
+            f"{command.config}: no stage trains, expected one with steps above 0; there is nothing to plan"
+        )
     if command.stage is None:
         return found[0], found
     named = [job for job in found if job.name == experiment.stage(command.stage).name]

@@ -22,7 +22,9 @@ def show(plan: Json, console: Console) -> None:
 
 def overview(plans: Sequence[Json], console: Console) -> None:
     """A line for every stage of a recipe."""
-    table = make_table(console, "stage", "params", "FLOPs", "on a device", "fits", "a step", "kWh", text_columns=("stage",))
+    table = make_table(
+        console, "stage", "params", "FLOPs", "on a device", "fits", "a step", "kWh", text_columns=("stage",)
+    )
     for plan in plans:
         cells = (
             plan["stage"],
@@ -120,7 +122,14 @@ def _collectives(plan: Json, console: Console) -> None:
     heads = ("collective", "axes", "each", "network", "bytes", "alone")
     table = make_table(console, *heads, text_columns=heads[:4])
     for flow in flows:
-        cells = (flow["kind"], "+".join(flow["axes"]), flow["loop"], flow["network"], words.size(flow["bytes"]), words.brief(flow["seconds"]))
+        cells = (
+            flow["kind"],
+            "+".join(flow["axes"]),
+            flow["loop"],
+            flow["network"],
+            words.size(flow["bytes"]),
+            words.brief(flow["seconds"]),
+        )
         table.add_row(*(make_cell(console, cell) for cell in cells))
     console.print(table)
 
@@ -132,7 +141,9 @@ def _time(plan: Json, console: Console) -> None:
     whole = sum(plan["time_parts"].values())
     for name, seconds in plan["time_parts"].items():
         if seconds:
-            parts.add_row(*(make_cell(console, cell) for cell in (name, words.brief(seconds), f"{seconds / whole:.0%}")))
+            parts.add_row(
+                *(make_cell(console, cell) for cell in (name, words.brief(seconds), f"{seconds / whole:.0%}"))
+            )
     console.print(parts)
     heads = ("site", "FLOPs", "bytes", "compute", "memory", "bound by")
     sites = make_table(console, *heads, text_columns=("site", "bound by"))
@@ -151,7 +162,7 @@ def _time(plan: Json, console: Console) -> None:
 
 def _energy(plan: Json, console: Console) -> None:
     energy = plan["energy"]
-    _head(console, f"energy: {words.number(energy['kwh'])} kWh for the whole run")
+    _head(console, plan_words.energy(plan))
     table = make_table(console, "of a step", "joules", text_columns=("of a step",))
     for name, joules in energy["joules"].items():
         table.add_row(*(make_cell(console, cell) for cell in (name, words.number(joules))))
@@ -166,11 +177,44 @@ def _sharding(plan: Json, console: Console) -> None:
     table = make_table(console, *heads, text_columns=heads[:4])
     for leaf in plan["leaves"]:
         shape = "x".join(map(str, leaf["shape"]))
-        cells = (leaf["path"], leaf["letters"], shape, leaf["partition"], words.size(leaf["bytes"]), str(leaf["copies"]))
+        cells = (
+            leaf["path"],
+            leaf["letters"],
+            shape,
+            leaf["partition"],
+            words.size(leaf["bytes"]),
+            str(leaf["copies"]),
+        )
         table.add_row(*(make_cell(console, cell) for cell in cells))
     console.print(table)
 
 
+def _search(plan: Json, console: Console) -> None:
+    found = plan.get("search")
+    if not found:
+        return
+    _head(console, plan_words.searched(found))
+    table = make_table(console, "mesh", "remat", "in", "a step", "MFU", "a device", text_columns=("mesh", "remat"))
+    for row in found["plans"]:
+        cells = plan_words.searched_row(row)
+        style = "" if row["fits"] else "dim"
+        table.add_row(*(make_cell(console, cell, style) for cell in cells))
+    console.print(table)
+    print_points(console, [*found["reasons"], *plan_words.refusals(found)])
+
+
+def _serving(plan: Json, console: Console) -> None:
+    found = plan.get("serving")
+    if not found:
+        return
+    _head(console, plan_words.served(found))
+    heads = ("weights", "cache", "rows", "on a device", "a token", "bound by", "prompt", "tokens/s")
+    table = make_table(console, *heads, text_columns=("weights", "cache", "bound by"))
+    for row in plan_words.served_rows(found):
+        table.add_row(*(make_cell(console, cell) for cell in row))
+    console.print(table)
+
+
 SECTIONS: tuple[Callable[[Json, Console], None], ...] = (
-    _compiled, _memory, _flops, _collectives, _time, _energy, _sharding,
+    _search, _compiled, _memory, _flops, _collectives, _time, _energy, _serving, _sharding,
 )  # fmt: skip

@@ -40,6 +40,9 @@ def render_plan(answer: Json) -> str:
         roofline=roofline,
         flops=plan_words.flops(plan),
         pipeline=pipeline(schedule["name"], schedule["table"]),
+        search=_search(plan.get("search")),
+        serving=_serving(plan.get("serving")),
+        energy=plan_words.energy(plan),
         count=words.count,
         size=words.size,
         brief=words.brief,
@@ -50,12 +53,11 @@ def render_plan(answer: Json) -> str:
 
 def _facts(plan: Json) -> list[tuple[str, str]]:
     job = plan["job"]
-    mesh = " × ".join(f"{axis} {n}" for axis, n in job["mesh"].items() if n > 1) or "one device"
     active = plan["active_parameters"]
     some = f", {words.count(active)} of them active" if active != plan["parameters"] else ""
     return [
         ("Devices", f"{plan['devices']} of {plan['chip']}"),
-        ("Mesh", mesh),
+        ("Mesh", job["words"].replace(" x ", " × ")),
         ("Parameters", f"{words.count(plan['parameters'])}{some}"),
         ("A step", f"{job['rows']} rows of {job['tokens']:,} tokens, microbatches: {job['accumulate']}"),
         ("Recomputation", job["remat"] if job["remat"] == job["remat_policy"] else f"{job['remat']}: {job['remat_policy']}"),
@@ -76,6 +78,24 @@ def _stage(plan: Json) -> dict[str, Any]:
             words.number(plan["energy_kwh"]),
         ),
     }
+
+
+def _search(found: Json | None) -> dict[str, Any] | None:
+    if not found:
+        return None
+    return {
+        "told": plan_words.searched(found),
+        "rows": [(plan_words.searched_row({**row, "names": ()}), row) for row in found["plans"]],
+        "reasons": found["reasons"],
+        "refused": plan_words.refusals(found),
+    }
+
+
+def _serving(found: Json | None) -> dict[str, Any] | None:
+    if not found:
+        return None
+    caches = sorted({row["cache"] for row in found["rows"]})
+    return {"told": plan_words.served(found), "rows": plan_words.served_rows(found, caches)}
 
 
 def _compared(name: str, ours: float, theirs: float, error: float | None) -> tuple[str, str, str, str]:
@@ -127,7 +147,9 @@ def time_bar(plan: Json) -> dict[str, Any]:
     return {"pieces": _pieces(parts, painted, whole, words.brief), "rows": rows}
 
 
-def _pieces(sizes: Mapping[str, float], painted: Mapping[str, str], scale: float, tell: Any) -> Sequence[dict[str, Any]]:
+def _pieces(
+    sizes: Mapping[str, float], painted: Mapping[str, str], scale: float, tell: Any
+) -> Sequence[dict[str, Any]]:
     return [
         {"color": painted[name], "width": f"{100 * n / scale:.3f}", "title": f"{name}: {tell(n)}"}
         for name, n in sizes.items()

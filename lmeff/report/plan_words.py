@@ -93,11 +93,14 @@ def cost(plan: Json) -> str:
 def setting(plan: Json) -> str:
     """What was planned, in one line."""
     job = plan["job"]
-    mesh = " x ".join(f"{axis} {n}" for axis, n in job["mesh"].items() if n > 1) or "one device"
-    micro = f" in {words.plural(job['accumulate'], 'microbatch')}".replace("batchs", "batches") if job["accumulate"] > 1 else ""
+    micro = (
+        f" in {words.plural(job['accumulate'], 'microbatch')}".replace("batchs", "batches")
+        if job["accumulate"] > 1
+        else ""
+    )
     remat = job["remat"] if job["remat"] == job["remat_policy"] else f"{job['remat']} (is {job['remat_policy']})"
     return (
-        f"{words.plural(plan['devices'], plan['chip'] + ' device')}, {mesh}; {job['rows']} rows of {job['tokens']} tokens a step{micro}; "
+        f"{words.plural(plan['devices'], plan['chip'] + ' device')}, {job['words']}; {job['rows']} rows of {job['tokens']} tokens a step{micro}; "
         f"remat {remat}; {job['optimizer']}"
     )
 
@@ -136,4 +139,66 @@ def compared_collectives(plan: Json) -> list[tuple[str, str, float, float]]:
         return []
     ours = plan["collective_bytes"]
     keys = [(kind, axes) for table in (ours, theirs) for kind, row in table.items() for axes in row]
-    return [(kind, axes, ours.get(kind, {}).get(axes, 0), theirs.get(kind, {}).get(axes, 0)) for kind, axes in dict.fromkeys(keys)]
+    return [
+        (kind, axes, ours.get(kind, {}).get(axes, 0), theirs.get(kind, {}).get(axes, 0))
+        for kind, axes in dict.fromkeys(keys)
+    ]
+
+
+def energy(plan: Json) -> str:
+    """Of the whole run, beside what a bill can be compared with."""
+    found = plan["energy"]
+    most = f", at most {words.number(found['ceiling'])} with all chips at full power" if found.get("ceiling") else ""
+    return f"energy: {words.number(found['kwh'])} kWh for the whole run{most}"
+
+
+def searched(found: Json) -> str:
+    """How many plans there were."""
+    return (
+        f"search: {found['looked']:,} plans, {found['legal']:,} can train; the {found['predicted']:,} most promising were predicted, "
+        f"{found['fit']:,} of them fit"
+    )
+
+
+def searched_row(row: Json) -> tuple[str, ...]:
+    """A plan in cells: mesh, remat, microbatches, seconds of a step, MFU, bytes on the fullest device."""
+    names = f" [{', '.join(row['names'])}]" if row["names"] else ""
+    return (
+        f"{row['words']}{names}",
+        row["remat"],
+        str(row["accumulate"]),
+        words.brief(row["step_seconds"]["middle"]),
+        f"{row['mfu_full']:.0%}",
+        f"{words.size(row['bytes'])}{'' if row['fits'] else ' (no)'}",
+    )
+
+
+def refusals(found: Json) -> list[str]:
+    """Why plans cannot train, the most frequent reason first; an example for each."""
+    kinds = sorted(found["refused"].values(), key=lambda refused: -refused["count"])
+    return [f"{refused['count']:,} cannot train, such as: {refused['example']}" for refused in kinds]
+
+
+def served(found: Json) -> str:
+    """What is served, on what."""
+    return f"serving: {words.plural(found['devices'], 'device')} a replica, contexts of {found['context']} tokens; at full rates"
+
+
+def served_rows(found: Json, caches: Sequence[str] = ("bfloat16", "int8")) -> list[tuple[str, ...]]:
+    """Rows of the table: formats, batch, bytes on a device, time of a token, what binds it, time of a prompt, tokens a second of a chip."""
+    return [
+        (
+            row["weights"]
+            if row["weights"] == row["arithmetic"] or not row["weights"].startswith("int8")
+            else f"{row['weights']} x {row['arithmetic']}",
+            row["cache"],
+            str(row["batch"]),
+            f"{words.size(row['weight_bytes'] + row['cache_bytes'])}{'' if row['fits'] else ' (no)'}",
+            words.brief(row["decode"]["seconds"]),
+            row["decode"]["bound"],
+            words.brief(row["prefill"]["seconds"]),
+            words.count(row["tokens_per_second"]),
+        )
+        for row in found["rows"]
+        if row["cache"] in caches
+    ]

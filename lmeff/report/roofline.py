@@ -3,6 +3,7 @@
 Williams, Waterman and Patterson 2009 (https://doi.org/10.1145/1498765.1498785). Sites lie on the roof: they are bounds, not measurements.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -110,7 +111,7 @@ def _label(figure: Any, axes: Any, found: list[Point], across: Mapping[str, floa
     pixel = axes.transData.transform([(p.intensity, p.rate) for p in order])
     sizes = [(width + 2, height) for width, height in (text_size(figure, short(p.name)) for p in order)]
     hard = [(x - r, y - r, x + r, y + r) for (x, y), r in zip(pixel, (across[p.name] / 2 + 2 for p in order))]
-    roof = [segment(*a, *b) for line in axes.lines[:-len(found)] for a, b in _segments(axes, line)]
+    roof = [segment(*a, *b) for line in axes.lines[: -len(found)] for a, b in _segments(axes, line)]
     inside = axes.get_window_extent()
     within = (inside.x0 + 3, inside.y0 + 3, inside.x1 + 12, inside.y1 + 6)
     places = place([tuple(xy) for xy in pixel], sizes, within, hard, roof)
@@ -127,4 +128,4 @@ def _segments(axes: Any, line: Any) -> list[tuple[Any, Any]]:
     start, end = axes.transData.transform(line.get_xydata())
     steps = np.linspace(0, 1, 13)[:, None]
     corners = start + (end - start) * steps
-    return list(zip(corners[:-1], corners[1:]))
+    return list(itertools.pairwise(corners))

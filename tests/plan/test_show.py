@@ -47,7 +47,14 @@ def test_every_number_is_told_within_the_width(width, terminal):
         assert has(words.brief(site.memory))
     for leaf in plan["leaves"]:
         assert has(words.size(leaf["bytes"]))
-    for part in ("everything that runs", "MFU 52%", "3900 kWh", "7890 chip-hours", "PUE 1.10", "+9.1%"):  # 12 GiB for 11
+    for part in (
+        "everything that runs",
+        "MFU 52%",
+        "3900 kWh",
+        "7890 chip-hours",
+        "PUE 1.10",
+        "+9.1%",
+    ):  # 12 GiB for 11
         assert has(part)
 
 

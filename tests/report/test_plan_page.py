@@ -8,7 +8,6 @@ import pytest
 
 from lmeff.plan.answer import join
 from lmeff.plan.estimate import Memory
-from lmeff.report import words
 from lmeff.report.plan import colors, memory_bars, render_plan, time_bar
 from lmeff.report.roofline import decades, points, roofline_plot, roofs
 from tests.plan.plan_sample import GIB, JOB, MEMORY, SITES, make_plan
@@ -64,7 +63,9 @@ def test_it_says_the_verdict_the_cost_and_both_sides_of_the_compiler(page):
 
 def test_it_is_one_file_that_asks_for_nothing(page):
     assert "default-src 'none'" in page
-    assert not re.search(r"<script|<link(?! rel=\"icon\" href=\"data:)|https?://(?!www\.w3\.org)", page.replace("https://doi.org", ""))
+    assert "<script" not in page
+    targets = re.findall(r"""(?:src|href)=["']([^"']*)|url\(([^)]*)""", page)
+    assert {target for pair in targets for target in pair if target and not target.startswith("#")} == {"data:,"}
     assert page == render_plan(answer())
 
 
@@ -117,12 +118,13 @@ def test_the_roofline_has_the_chip_s_roofs_and_every_site_under_them():
     assert roofline_plot([]) is None
 
 
-@pytest.mark.parametrize(("low", "high", "count"), [(0.3, 30_000, 5), (2e12, 8e14, 2), (1.2, 4.9, 1), (1e3, 1e15, 5)])
+@pytest.mark.parametrize(
+    ("low", "high", "count"), [(0.3, 30_000, 5), (2e12, 8e14, 2), (1.2, 4.9, 1), (1e3, 1e15, 5), (3, 60, 4)]
+)
 def test_decades(low, high, count):
     found = decades(low, high)
-    assert len(found) >= min(count, 2) or count == 1
+    assert len(found) == count
     assert all(low <= tick <= high for tick in found)
-    assert 1 <= len(found) <= 6
 
 
 def test_several_stages_are_a_line_each():
