@@ -14,6 +14,8 @@ from lmeff.plan.hardware import Chip
 from lmeff.plan.job import Job
 from lmeff.plan.search import Search
 from lmeff.plan.serving import Serving, serving, table
+from lmeff.plan.sizing import by_ratio, compute_optimal
+from lmeff.plan.words import setting
 from lmeff.plan.work import CONVENTIONS
 
 Json = dict[str, Any]
@@ -38,6 +40,7 @@ def estimate_json(estimate: Estimate) -> Json:
         "utilization": {"mfu_full": time.mfu_full, "mfu_causal": time.mfu_causal, "hfu": time.hfu},
         "flops": {"hardware": work.hardware, "effective": work.effective, "six_nd": work.six_nd},
         "conventions": dict(CONVENTIONS),
+        "sizing": sizing_json(job, work.six_nd),
         "memory": [memory_json(memory) for memory in estimate.memory],
         "collectives": [flow._asdict() for flow in estimate.flows],
         "sites": [site_json(site) for site in time.sites],
@@ -52,7 +55,7 @@ def job_json(job: Job) -> Json:
     """What was planned, in the config's own words."""
     return {
         "mesh": job.degrees,
-        "words": mesh_words(job),
+        "words": setting(job),
         "zero": job.mesh.zero,
         "sequence": job.mesh.sequence,
         "precision": job.precision,
@@ -64,6 +67,18 @@ def job_json(job: Job) -> Json:
         "steps": job.steps,
         "accumulate": job.accumulate,
         "teacher": job.teacher is not None,
+    }
+
+
+def sizing_json(job: Job, six_nd: float) -> Json:
+    """How many tokens the whole run sees, and what its FLOPs would be best spent on."""
+    flops, tokens = six_nd * job.steps, job.rows * job.tokens * job.steps
+    best = {"Besiroglu et al. 2024": compute_optimal(flops), "20 tokens a parameter": by_ratio(flops)}
+    return {
+        "flops": flops,
+        "tokens": tokens,
+        "tokens_per_parameter": 6 * tokens**2 / flops,
+        "compute_optimal": {law: size._asdict() for law, size in best.items()},
     }
 
 
@@ -118,7 +133,7 @@ def row_json(estimate: Estimate, names: Sequence[str]) -> Json:
     return {
         "names": list(names),
         "mesh": job.degrees,
-        "words": mesh_words(job),
+        "words": setting(job),
         "accumulate": job.accumulate,
         "remat": job.remat,
         "step_seconds": {"low": time.low, "middle": time.middle, "high": time.high},
@@ -128,22 +143,6 @@ def row_json(estimate: Estimate, names: Sequence[str]) -> Json:
         "fits": estimate.fits,
         "notes": list(estimate.notes),
     }
-
-
-def mesh_words(job: Job) -> str:
-    """The mesh with what is chosen beside its degrees: "fsdp 16 (zero 3) x pipe 4 (1f1b)"."""
-    mesh = job.mesh
-    beside = {
-        "fsdp": f" (zero {mesh.zero})",
-        "pipe": f" ({mesh.schedule}{_chunks(job)}, {mesh.stash})",
-        "context": f" ({mesh.sequence})",
-    }
-    parts = [f"{axis} {n}{beside.get(axis, '')}" for axis, n in job.degrees.items() if n > 1]
-    return " x ".join(parts) or "one device"
-
-
-def _chunks(job: Job) -> str:
-    return f" of {job.mesh.chunks} chunks" if job.mesh.chunks else ""
 
 
 def serving_json(cfg: ModelConfig, chip: Chip, context: int) -> Json:

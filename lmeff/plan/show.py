@@ -23,7 +23,7 @@ def show(plan: Json, console: Console) -> None:
 def overview(plans: Sequence[Json], console: Console) -> None:
     """A line for every stage of a recipe."""
     table = make_table(
-        console, "stage", "params", "FLOPs", "on a device", "fits", "a step", "kWh", text_columns=("stage",)
+        console, "stage", "params", "FLOPs", "on a device", "fits", "a step", "energy", text_columns=("stage",)
     )
     for plan in plans:
         cells = (
@@ -33,7 +33,7 @@ def overview(plans: Sequence[Json], console: Console) -> None:
             words.size(plan["bytes_per_device"]["total"]),
             "yes" if plan["fits"] else "no",
             words.brief(plan["step_seconds"]["middle"]),
-            words.number(plan["energy_kwh"]),
+            plan_words.watt_hours(plan["energy_kwh"]),
         )
         table.add_row(*(make_cell(console, cell) for cell in cells))
     console.print(table)
@@ -44,7 +44,7 @@ def verdict(plan: Json, console: Console) -> None:
     console.print(make_cell(console, f"{plan['stage']}: {plan_words.setting(plan)}"), soft_wrap=not console.is_terminal)
     told = plan_words.verdict(plan)
     console.print(make_cell(console, told, GOOD if plan["fits"] else BAD), soft_wrap=not console.is_terminal)
-    print_points(console, [plan_words.speed(plan), plan_words.cost(plan), *plan["notes"]])
+    print_points(console, [plan_words.speed(plan), plan_words.cost(plan), *plan_words.notes(plan)])
 
 
 def _head(console: Console, text: str) -> None:
@@ -100,7 +100,7 @@ def _bar(name: str, total: float, capacity: float, console: Console) -> None:
     full = min(round(share * BAR), BAR)
     over = min(max(round(share * BAR) - BAR, 0), 12)
     bar = "█" * full + "░" * (BAR - full) + "|" + "█" * over
-    text = f"{name:8} {bar} {share:.0%} of {words.size(capacity)}"
+    text = f"{name:8} {bar} {plan_words.share(total, capacity)} of {words.size(capacity)}"
     console.print(make_cell(console, text, BAD if over else ""), soft_wrap=True)
 
 
@@ -112,6 +112,7 @@ def _flops(plan: Json, console: Console) -> None:
     for name, n, counted in plan_words.flops(plan):
         table.add_row(*(make_cell(console, cell) for cell in (name, words.count(n), counted)))
     console.print(table)
+    console.print(make_cell(console, plan_words.sized(plan), "dim"), soft_wrap=not console.is_terminal)
 
 
 def _collectives(plan: Json, console: Console) -> None:
@@ -165,7 +166,7 @@ def _energy(plan: Json, console: Console) -> None:
     _head(console, plan_words.energy(plan))
     table = make_table(console, "of a step", "joules", text_columns=("of a step",))
     for name, joules in energy["joules"].items():
-        table.add_row(*(make_cell(console, cell) for cell in (name, words.number(joules))))
+        table.add_row(*(make_cell(console, cell) for cell in (name, plan_words.amount(joules))))
     console.print(table)
     assumed = "; ".join(f"{name} {words.number(value)}" for name, value in energy["assumptions"].items())
     console.print(make_cell(console, f"assumed: {assumed}", "dim"), soft_wrap=not console.is_terminal)
@@ -193,8 +194,8 @@ def _search(plan: Json, console: Console) -> None:
     found = plan.get("search")
     if not found:
         return
-    _head(console, plan_words.searched(found))
-    table = make_table(console, "mesh", "remat", "in", "a step", "MFU", "a device", text_columns=("mesh", "remat"))
+    _head(console, "search: the best plans, and those beside which they are best")
+    table = make_table(console, "plan", "a step", "tokens/s", "MFU", "a device", text_columns=("plan",))
     for row in found["plans"]:
         cells = plan_words.searched_row(row)
         style = "" if row["fits"] else "dim"

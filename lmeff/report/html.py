@@ -63,6 +63,7 @@ def _environment(jinja2: Any) -> Any:
         keep_trailing_newline=True,
     )
     environment.filters["minus"] = lambda text: re.sub(r"(?<![\w.-])-(?=\d)", "−", text)
+    environment.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
     return environment
 
 

@@ -29,7 +29,7 @@ def render_plan(answer: Json) -> str:
         plan=plan,
         stages=[_stage(stage) for stage in stages] if len(stages) > 1 else [],
         lead=plan_words.verdict(plan),
-        sentences=[plan_words.speed(plan), plan_words.cost(plan), *plan["notes"]],
+        sentences=[plan_words.speed(plan), plan_words.cost(plan), *plan_words.notes(plan)],
         facts=_facts(plan),
         memory=memory_bars(plan),
         compared=[_compared(*row) for row in plan_words.compared(plan)],
@@ -39,6 +39,7 @@ def render_plan(answer: Json) -> str:
         binding=plan_words.binding(plan),
         roofline=roofline,
         flops=plan_words.flops(plan),
+        sized=plan_words.sized(plan),
         pipeline=pipeline(schedule["name"], schedule["table"]),
         search=_search(plan.get("search")),
         serving=_serving(plan.get("serving")),
@@ -47,6 +48,7 @@ def render_plan(answer: Json) -> str:
         size=words.size,
         brief=words.brief,
         number=words.number,
+        amount=plan_words.amount,
         shape=lambda shape: " × ".join(map(str, shape)) or "scalar",
     )
 
@@ -57,7 +59,7 @@ def _facts(plan: Json) -> list[tuple[str, str]]:
     some = f", {words.count(active)} of them active" if active != plan["parameters"] else ""
     return [
         ("Devices", f"{plan['devices']} of {plan['chip']}"),
-        ("Mesh", job["words"].replace(" x ", " × ")),
+        ("Mesh", job["words"]),
         ("Parameters", f"{words.count(plan['parameters'])}{some}"),
         ("A step", f"{job['rows']} rows of {job['tokens']:,} tokens, microbatches: {job['accumulate']}"),
         ("Recomputation", job["remat"] if job["remat"] == job["remat_policy"] else f"{job['remat']}: {job['remat_policy']}"),
@@ -75,7 +77,7 @@ def _stage(plan: Json) -> dict[str, Any]:
             words.count(plan["flops"]["hardware"]),
             words.size(plan["bytes_per_device"]["total"]),
             words.brief(plan["step_seconds"]["middle"]),
-            words.number(plan["energy_kwh"]),
+            plan_words.watt_hours(plan["energy_kwh"]),
         ),
     }
 
@@ -84,7 +86,6 @@ def _search(found: Json | None) -> dict[str, Any] | None:
     if not found:
         return None
     return {
-        "told": plan_words.searched(found),
         "rows": [(plan_words.searched_row({**row, "names": ()}), row) for row in found["plans"]],
         "reasons": found["reasons"],
         "refused": plan_words.refusals(found),
@@ -129,7 +130,7 @@ def memory_bars(plan: Json) -> dict[str, Any]:
 
 def _memory_bar(memory: Json, plan: Json, painted: Mapping[str, str], scale: float, several: bool) -> dict[str, Any]:
     capacity = plan["capacity"]
-    share = f"{memory['total'] / capacity:.0%}" if capacity else words.DASH
+    share = plan_words.share(memory["total"], capacity)
     where = f"Stage {memory['stage']}" if several else "Device"
     return {
         "label": where,

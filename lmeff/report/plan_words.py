@@ -54,15 +54,26 @@ def fullest(plan: Json) -> Json:
 def verdict(plan: Json) -> str:
     """Whether it fits, and how nearly."""
     total, capacity = plan["bytes_per_device"]["total"], plan["capacity"]
-    share = f"{total / capacity:.0%} of the fullest device" if capacity else "the fullest device"
-    told = f"{words.size(total)} of {words.size(capacity)}, {share}"
+    told = f"the fullest device needs {words.size(total)} of {words.size(capacity)}, {share(total, capacity)}"
     return f"Fits: {told}." if plan["fits"] else f"Does not fit: {told}; {blame(plan)}."
+
+
+def share(part: float, whole: float) -> str:
+    """A part in per cent; a small one says so."""
+    if not whole:
+        return words.DASH
+    return "under 1%" if 0 < part < 0.01 * whole else f"{part / whole:.0%}"
 
 
 def blame(plan: Json) -> str:
     """The category that takes most, in words."""
     name, n = max(categories(fullest(plan)).items(), key=lambda item: item[1])
     return f"{name} take{'' if name.endswith('s') else 's'} {words.size(n)} of it"
+
+
+def notes(plan: Json) -> list[str]:
+    """What binds and what to change, without the verdict, which is told already."""
+    return [note for note in plan["notes"] if not note.startswith(("fits:", "does not fit:"))]
 
 
 def speed(plan: Json) -> str:
@@ -86,22 +97,17 @@ def cost(plan: Json) -> str:
     wall = job["steps"] * plan["step_seconds"]["middle"]
     return (
         f"{words.plural(job['steps'], 'step')}, {words.count(job['steps'] * plan['tokens_per_step'])} tokens: {words.seconds(wall)}, "
-        f"{words.number(energy['chip_hours'])} chip-hours, {words.number(energy['kwh'])} kWh."
+        f"{amount(energy['chip_hours'])} chip-hours, {watt_hours(energy['kwh'])}."
     )
 
 
 def setting(plan: Json) -> str:
     """What was planned, in one line."""
     job = plan["job"]
-    micro = (
-        f" in {words.plural(job['accumulate'], 'microbatch')}".replace("batchs", "batches")
-        if job["accumulate"] > 1
-        else ""
-    )
-    remat = job["remat"] if job["remat"] == job["remat_policy"] else f"{job['remat']} (is {job['remat_policy']})"
+    policy = "" if job["remat"] == job["remat_policy"] else f" (which is {job['remat_policy']})"
     return (
-        f"{words.plural(plan['devices'], plan['chip'] + ' device')}, {job['words']}; {job['rows']} rows of {job['tokens']} tokens a step{micro}; "
-        f"remat {remat}; {job['optimizer']}"
+        f"{words.plural(plan['devices'], plan['chip'] + ' device')}: {job['words']}{policy}; {job['rows']} rows of {job['tokens']} tokens a step, "
+        f"{job['optimizer']}"
     )
 
 
@@ -148,26 +154,28 @@ def compared_collectives(plan: Json) -> list[tuple[str, str, float, float]]:
 def energy(plan: Json) -> str:
     """Of the whole run, beside what a bill can be compared with."""
     found = plan["energy"]
-    most = f", at most {words.number(found['ceiling'])} with all chips at full power" if found.get("ceiling") else ""
-    return f"energy: {words.number(found['kwh'])} kWh for the whole run{most}"
+    most = f", at most {watt_hours(found['ceiling'])} with all chips at full power" if found.get("ceiling") else ""
+    return f"energy: {watt_hours(found['kwh'])} for the whole run{most}"
 
 
-def searched(found: Json) -> str:
-    """How many plans there were."""
-    return (
-        f"search: {found['looked']:,} plans, {found['legal']:,} can train; the {found['predicted']:,} most promising were predicted, "
-        f"{found['fit']:,} of them fit"
-    )
+def amount(value: float) -> str:
+    """`1190000` as `1.19 M`, small ones in three digits."""
+    return words.count(value) if value >= 1000 else words.number(value)
+
+
+def watt_hours(kwh: float) -> str:
+    """Energy with the unit that suits it: `298180` kWh as `298 MWh`."""
+    text = amount(1000 * kwh)
+    return f"{text}Wh" if text[-1:].isalpha() else f"{text} Wh"
 
 
 def searched_row(row: Json) -> tuple[str, ...]:
-    """A plan in cells: mesh, remat, microbatches, seconds of a step, MFU, bytes on the fullest device."""
+    """A plan in cells: what it is, seconds of a step, tokens a second, MFU, bytes on the fullest device."""
     names = f" [{', '.join(row['names'])}]" if row["names"] else ""
     return (
         f"{row['words']}{names}",
-        row["remat"],
-        str(row["accumulate"]),
         words.brief(row["step_seconds"]["middle"]),
+        words.count(row["tokens_per_second"]),
         f"{row['mfu_full']:.0%}",
         f"{words.size(row['bytes'])}{'' if row['fits'] else ' (no)'}",
     )
@@ -202,3 +210,13 @@ def served_rows(found: Json, caches: Sequence[str] = ("bfloat16", "int8")) -> li
         for row in found["rows"]
         if row["cache"] in caches
     ]
+
+
+def sized(plan: Json) -> str:
+    """Tokens a parameter, and what laws of scaling would do with as many FLOPs; they are about training from random weights on one epoch."""
+    found = plan["sizing"]
+    others = "; ".join(
+        f"{words.count(best['parameters'])} parameters on {words.count(best['tokens'])} tokens ({law})"
+        for law, best in found["compute_optimal"].items()
+    )
+    return f"the run sees {words.number(found['tokens_per_parameter'])} tokens a parameter; as many FLOPs train from random weights best: {others}"

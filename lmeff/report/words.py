@@ -24,13 +24,14 @@ def size(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """`4210` as `1 h 10 min`."""
+    """`4210` as `1 h 10 min`, and `200_000` as `2 d 8 h`."""
     if value < 60:
         return f"{value:.3g} s"
     minutes, rest = divmod(round(value), 60)
     if minutes < 60:
         return f"{minutes} min {rest} s" if rest else f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24:,} d {hours % 24} h"
 
 
 def brief(value: float) -> str:

@@ -61,15 +61,15 @@ def test_every_number_is_told_within_the_width(width, terminal):
 def test_the_answer_comes_first():
     lines = shown(make_plan(), 120).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("teacher: "))
-    assert "fsdp 16 x pipe 4 x tensor 4" in lines[start]
-    assert lines[start + 1].startswith("Fits: 30.5 GiB of 95.0 GiB, 32%")
+    assert "fsdp 16 x pipe 4 x tensor 4, ZeRO-3" in lines[start]
+    assert lines[start + 1].startswith("Fits: the fullest device needs 30.5 GiB of 95.0 GiB, 32%")
     assert lines[start + 2].startswith("- 93.6 k to 206 k tokens/s")
 
 
 def test_too_much_goes_beyond_the_edge_of_the_bar():
     memory = Memory(stage=0, state={"parameters": 19 * GIB}, temporaries={"logits": 95 * GIB})
     text = shown(make_plan(memory=(memory,)), 80)
-    assert "Does not fit: 114 GiB of 95.0 GiB, 120% of the fullest device; logits take 95.0 GiB of it." in text
+    assert "Does not fit: the fullest device needs 114 GiB of 95.0 GiB, 120%; logits take 95.0 GiB of it." in text
     assert "█" * 40 + "|" + "█" * 8 + " 120% of 95.0 GiB" in text
 
 

@@ -51,7 +51,7 @@ def page():
 
 def test_it_says_the_verdict_the_cost_and_both_sides_of_the_compiler(page):
     text = told(page)
-    assert "Fits: 30.5 GiB of 95.0 GiB" in text
+    assert "Fits: the fullest device needs 30.5 GiB of 95.0 GiB" in text
     assert "93.6 k to 206 k tokens/s" in text  # 256 x 4096 tokens in 11.2 and in 5.1 seconds
     assert "15,000 steps, 15.7 G tokens" in text
     assert "arguments 12.0 GiB 12.0 GiB −0.1%" in text
@@ -74,7 +74,7 @@ def test_a_plan_that_does_not_fit_names_what_is_to_blame():
     found = answer(memory=(memory,))
     assert not found["fits"]
     text = told(render_plan(found))
-    assert "Does not fit: 122 GiB of 95.0 GiB" in text
+    assert "Does not fit: the fullest device needs 122 GiB of 95.0 GiB" in text
     assert "kept activations take 120 GiB of it" in text
     bars = memory_bars(found)
     assert bars["edge"] == pytest.approx(100 * 95 / 122)
