@@ -78,7 +78,7 @@ class Memory(NamedTuple):
 class Flow(NamedTuple):
     """Bytes that a device sends in one step.
 
-    kind:    "all-gather", "reduce-scatter", "all-reduce", "all-to-all" or "collective-permute".
+    kind:    "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", or "copy" to and from the host's memory.
     axes:    of the mesh. loop: "step", "microbatch", "layer" or "tick".
     network: "ici", "dcn", "nvlink" or "host memory": the slowest that these axes cross.
     seconds: of all of them, nothing overlapped.
@@ -124,12 +124,13 @@ class StepTime(NamedTuple):
 
 
 class Energy(NamedTuple):
-    """Of the whole run. joules: by cause, of one step; kwh: of all steps, with the assumptions that were used."""
+    """Of the whole run. joules: by cause, of one step; kwh: of all steps, with the assumptions that were used; ceiling: kWh at full power all the time."""
 
     joules: dict[str, float]
     kwh: float
     chip_hours: float
     assumptions: dict[str, float]
+    ceiling: float = float("inf")
 
 
 class Estimate(NamedTuple):
@@ -187,9 +188,11 @@ class Estimate(NamedTuple):
 
 
 def collective_bytes(flows: tuple[Flow, ...]) -> dict[str, dict[str, float]]:
-    """`{kind: {axes: bytes}}` of a step."""
+    """`{kind: {axes: bytes}}` of a step, between devices."""
     found: dict[str, dict[str, float]] = {}
     for flow in flows:
+        if flow.network == "host memory":
+            continue
         row = found.setdefault(flow.kind, {})
         axes = "+".join(flow.axes)
         row[axes] = row.get(axes, 0) + flow.bytes

@@ -4,8 +4,8 @@ Bandwidth follows the Scaling Book (https://jax-ml.github.io/scaling-book/shardi
 P / (2 x one way), and axes of a torus add up. A line lacks the closing link and takes twice as long. Below some size only hops count: a collective takes the
 longer of the two.
 
-Every way has the same three methods: `gather(bytes)` of a whole tensor of so many bytes (a reduction to parts takes as long), `exchange(bytes)` of what a device
-holds, all to all, and `send(bytes)` to the next device.
+Every way has the same three methods: `gather(bytes)` of a whole tensor (a reduction to parts takes as long), `exchange(bytes)` of what a device holds, all to
+all, and `send(bytes)` to the next device.
 """
 
 import math
@@ -22,7 +22,7 @@ class Way(Protocol):
 
     @property
     def network(self) -> str:
-        """"ici", "dcn" or "nvlink": the slowest of them."""
+        """ "ici", "dcn" or "nvlink": the slowest of them."""
         ...
 
     @property
@@ -166,4 +166,3 @@ def seconds(kind: str, way: Way, data: float) -> float:
         return way.exchange(data)
     assert kind == "collective-permute", kind
     return way.send(data)
-

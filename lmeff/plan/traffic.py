@@ -22,7 +22,7 @@ from lmeff.plan.estimate import Flow
 from lmeff.plan.hardware import Chip
 from lmeff.plan.job import Job
 from lmeff.plan.links import seconds
-from lmeff.plan.slices import Ways, ways
+from lmeff.plan.torus import Ways, ways
 from lmeff.train.optim import make_optimizer
 
 HOST, COPY = "host memory", "copy"

@@ -1,0 +1,247 @@
+"""What serving a model takes: time of a prompt and of a token, from what is multiplied, read and sent; at full rates, so that no program is faster.
+
+A step of decoding reads all weights once for the whole batch, and every row's keys and values. Attention's bytes grow with the batch, the weights' do not: a
+larger batch helps until it has `critical_batch` tokens, and less where contexts are long.
+"""
+
+import itertools
+import math
+from typing import NamedTuple
+
+from lmeff.core.errors import ConfigError
+from lmeff.core.numerics import QFormat, parse_format
+from lmeff.core.specs import ParamSpec
+from lmeff.core.tree import flatten
+from lmeff.models.config import ModelConfig
+from lmeff.models.transformer import param_specs
+from lmeff.parallel.mesh import AXES
+from lmeff.plan import limits
+from lmeff.plan.hardware import Chip
+from lmeff.plan.torus import ways
+
+SCALE_BITS = 32
+
+
+class Phase(NamedTuple):
+    """Seconds of one forward pass: arithmetic and memory overlap, collectives over tensor wait for both. bytes: that a device reads and writes."""
+
+    compute: float
+    memory: float
+    network: float
+    bytes: float
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return max(self.compute, self.memory) + self.network
+
+    @property
+    def bound(self) -> str:
+        """The largest part."""
+        parts = {"compute": self.compute, "memory": self.memory, "network": self.network}
+        return max(parts, key=parts.__getitem__)
+
+
+class Serving(NamedTuple):
+    """A model on so many devices (one replica, cut over tensor).
+
+    weights, cache, arithmetic: formats. prefill: of all rows' contexts at once. decode: of one token a row, after `context` tokens.
+    weight_bytes, cache_bytes: on a device. fits: whether they have room there.
+    bytes_per_token: that all devices read and write for a decoded token. tokens_per_second: decoded, of one chip. critical_batch: `lmeff.plan.limits`.
+    """
+
+    weights: str
+    cache: str
+    arithmetic: str
+    devices: int
+    batch: int
+    context: int
+    weight_bytes: float
+    cache_bytes: float
+    fits: bool
+    prefill: Phase
+    decode: Phase
+    bytes_per_token: float
+    tokens_per_second: float
+    critical_batch: float
+
+    @property
+    def prefill_ms(self) -> float:
+        """Milliseconds a token of a prompt."""
+        return 1e3 * self.prefill.seconds / (self.batch * self.context)
+
+    @property
+    def decode_ms(self) -> float:
+        """Milliseconds between two tokens of a row."""
+        return 1e3 * self.decode.seconds
+
+
+def serving(
+    cfg: ModelConfig,
+    chip: Chip,
+    *,
+    devices: int = 1,
+    weights: str = "bfloat16",
+    cache: str = "bfloat16",
+    arithmetic: str = "bfloat16",
+    batch: int = 1,
+    context: int = 1024,
+) -> Serving:
+    """Of a batch of rows with `context` tokens each.
+
+    weights: of products in the blocks, "float32", "bfloat16", "fp8", or an integer format such as "int8" or "int4/g32"; embedding, head and norms are bfloat16,
+        or float32 with weights of float32. cache: the same for keys and values, integers with a scale for each token and head. arithmetic: of these products.
+    Raises `ConfigError` where heads do not divide over the devices.
+    """
+    if cfg.heads % devices or cfg.ffn % devices:
+        raise ConfigError(
+            f"serving: got {devices} devices, expected a number that divides {cfg.heads} heads and an ffn of {cfg.ffn}"
+        )
+    held = weight_bytes(cfg, weights) / devices
+    kept = cache_bytes(cfg, cache, batch, context) / min(devices, cfg.kv_heads)
+    read = weight_bytes(cfg, weights, tokens=batch, reads=True) / devices
+    prompt_read = weight_bytes(cfg, weights, tokens=batch * context, reads=True) / devices
+    decode = _phase(cfg, chip, devices, arithmetic, batch, 1, context, read + kept)
+    prefill = _phase(cfg, chip, devices, arithmetic, batch, context, context, prompt_read + kept)
+    return Serving(
+        weights=weights,
+        cache=cache,
+        arithmetic=arithmetic,
+        devices=devices,
+        batch=batch,
+        context=context,
+        weight_bytes=held,
+        cache_bytes=kept,
+        fits=held + kept <= chip.usable,
+        prefill=prefill,
+        decode=decode,
+        bytes_per_token=decode.bytes * devices / batch,
+        tokens_per_second=batch / decode.seconds / chip.chips(devices),
+        critical_batch=limits.critical_batch(chip, weights=bits(weights), arithmetic=arithmetic),
+    )
+
+
+def table(cfg: ModelConfig, chip: Chip, *, devices: int = 1, batch: int = 1, context: int = 1024) -> list[Serving]:
+    """The same for every pair of formats; integers times bfloat16 where only weights are integers, codes times codes as "int8"."""
+    return [
+        serving(cfg, chip, devices=devices, weights=w, cache=c, arithmetic=arithmetic, batch=batch, context=context)
+        for (w, arithmetic), c in itertools.product(WEIGHTS, CACHES)
+    ]
+
+
+def cache_bytes(cfg: ModelConfig, cache: str, rows: int, tokens: int) -> float:
+    """Keys and values of so many rows, all layers; a window keeps its own tokens only."""
+    seen = tokens if cfg.window is None else min(tokens, cfg.window)
+    numbers = 2 * cfg.layers * cfg.kv_heads * cfg.head_size * seen * rows
+    scales = numbers / cfg.head_size * SCALE_BITS / 8 if cache.startswith("int") else 0.0
+    return numbers * bits(cache) / 8 + scales
+
+
+def bits(name: str) -> float:
+    """Of one number, without scales; raises `ConfigError` for what is no format."""
+    if name in FLOATS:
+        return FLOATS[name]
+    return 4 if _quantized(name).bits <= 4 else 8
+
+
+def _quantized(name: str) -> QFormat:
+    try:
+        return parse_format(name)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or one of {', '.join(FLOATS)}") from error
+
+
+def weight_bytes(cfg: ModelConfig, weights: str, *, tokens: float = math.inf, reads: bool = False) -> float:
+    """All weights, or what a pass over so many tokens reads of them: not the embedding's table, and only experts that some token goes to."""
+    wide = FLOATS["float32" if weights == "float32" else "bfloat16"]
+    specs = flatten(param_specs(cfg))
+    total = 0.0
+    for path, spec in specs.items():
+        if reads and path == "embed/table" and not cfg.tied:
+            continue
+        quantized = path.startswith("blocks/") and spec.is_matmul and not path.endswith("/router")
+        size = _stored(spec, weights) if quantized else math.prod(spec.shape) * wide / 8
+        total += size * (_liked(cfg, tokens) if reads and spec.is_expert else 1.0)
+    return total
+
+
+def _stored(spec: ParamSpec, weights: str) -> float:
+    """Bytes of a weight with its scales."""
+    numbers = math.prod(spec.shape)
+    if weights in FLOATS:
+        return numbers * FLOATS[weights] / 8
+    format = _quantized(weights)
+    contracted = math.prod(spec.shape[axis] for axis in spec.axes)
+    shared = {"tensor": numbers, "channel": contracted, "group": format.group or contracted}[format.granularity]
+    return numbers * bits(weights) / 8 + numbers / shared * SCALE_BITS / 8 * (1 if format.symmetric else 2)
+
+
+def _liked(cfg: ModelConfig, tokens: float) -> float:
+    """The share of experts that some of so many tokens goes to, where they are liked evenly."""
+    assert cfg.moe is not None
+    return 1 - (1 - cfg.moe.top_k / cfg.moe.experts) ** tokens
+
+
+def _phase(
+    cfg: ModelConfig,
+    chip: Chip,
+    devices: int,
+    arithmetic: str,
+    rows: int,
+    tokens: int,
+    context: int,
+    moved: float,
+) -> Phase:
+    """Of a pass over `tokens` new tokens a row, the last of which sees `context`; the head sees one token a row."""
+    share = devices / chip.chips(devices)
+    attention = 4.0 * cfg.layers * cfg.heads * cfg.head_size * rows * _visible(cfg, tokens, context)
+    products = 2.0 * rows * tokens * _active(cfg)
+    head = 2.0 * rows * cfg.width * cfg.vocab
+    float_rate = chip.rate("float32" if arithmetic == "float32" else "bfloat16")
+    compute = products / chip.rate(arithmetic) + (attention + head) / float_rate
+    return Phase(
+        compute * share / devices,
+        moved * share / chip.bandwidth,
+        _collectives(cfg, chip, devices, rows * tokens),
+        moved,
+    )
+
+
+def _visible(cfg: ModelConfig, tokens: int, context: int) -> float:
+    """Pairs of a new token and one that it sees."""
+    window = cfg.window or context
+    if tokens == 1:
+        return min(window, context)
+    full = min(window, context)
+    return full * (full + 1) / 2 + (context - full) * full
+
+
+def _active(cfg: ModelConfig) -> float:
+    """Weights of the blocks that a token meets."""
+    found = 0.0
+    for path, spec in flatten(param_specs(cfg)).items():
+        if path.startswith("blocks/") and spec.is_matmul:
+            part = cfg.moe.top_k / cfg.moe.experts if spec.is_expert and cfg.moe is not None else 1.0
+            found += part * math.prod(spec.shape)
+    return found
+
+
+def _collectives(cfg: ModelConfig, chip: Chip, devices: int, tokens: float) -> float:
+    """Two all-reduces of the stream in bfloat16 a layer."""
+    if devices == 1:
+        return 0.0
+    degrees = dict.fromkeys(AXES, 1) | {"tensor": devices}
+    way = ways(degrees, chip).along(("tensor",))
+    return cfg.layers * 2 * 2 * way.gather(tokens * cfg.width * 2)
+
+
+FLOATS = {"float32": 32.0, "bfloat16": 16.0, "fp8": 8.0}
+CACHES = ("float32", "bfloat16", "fp8", "int8", "int4")
+WEIGHTS = (
+    ("float32", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("fp8", "fp8"),
+    ("int8", "bfloat16"),
+    ("int8", "int8"),
+    ("int4/g64", "bfloat16"),
+)
