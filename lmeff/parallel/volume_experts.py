@@ -6,8 +6,9 @@ import jax.numpy as jnp
 
 from lmeff.models.config import MoE
 from lmeff.models.moe import row_capacity
+from lmeff.parallel.members import Member
 from lmeff.parallel.volume_term import Term
-from lmeff.parallel.workload import CONTEXT, EXPERT, Member, Step
+from lmeff.parallel.workload import CONTEXT, EXPERT, Step
 
 
 def experts(step: Step) -> Iterator[Term]:
