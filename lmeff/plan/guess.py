@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from lmeff.core.specs import ParamSpec, count
+from lmeff.core.specs import count
 from lmeff.core.tree import flatten
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.devices import Topology
@@ -17,12 +17,17 @@ from lmeff.parallel.mesh import AXES, BATCH_AXES
 from lmeff.parallel.workload import again_of
 from lmeff.plan.hardware import Chip
 from lmeff.plan.roofline import USUAL, elementwise, format_of
-from lmeff.plan.slices import ways
 from lmeff.plan.space import Plans, precisions
+from lmeff.plan.torus import ways
 from lmeff.plan.work import work
 
 Column = np.ndarray
-KEPT = {"none": 34.0, "dots": 22.0, "names": 10.0, "full": 2.0}  # bytes of a layer a token and a number of its width, about
+KEPT = {
+    "none": 34.0,
+    "dots": 22.0,
+    "names": 10.0,
+    "full": 2.0,
+}  # bytes of a layer a token and a number of its width, about
 
 
 class Sizes(NamedTuple):
@@ -191,7 +196,9 @@ def _weights(plans: Plans, s: Sizes, links: Links) -> tuple[Column, Column, Colu
     width = np.where(region, s.parameters, 4)
     others = np.where(scattered, 2 * own / c["fsdp"] * links.gather["others"], 2 * own * links.gather["rows"])
     sums = width * (np.where(scattered, own * fsdp, 0) + others)
-    once = np.where((zero < 3), own * s.parameters * fsdp, 0) + np.where(region & (zero == 3), own * s.parameters * fsdp, 0)
+    once = np.where((zero < 3), own * s.parameters * fsdp, 0) + np.where(
+        region & (zero == 3), own * s.parameters * fsdp, 0
+    )
     inner = 2 * np.where(region | ~scattered, own, own / c["fsdp"]) * 4 * c["accumulate"] * links.gather["context"]
     head = 2 * s.outer * 4 * np.where(c["fsdp"] > 1, 1 / c["fsdp"], 1) * links.gather["others"]
     return gather, np.where(region, 0, sums) + inner, np.where(region, sums, head) + once
@@ -200,7 +207,10 @@ def _weights(plans: Plans, s: Sizes, links: Links) -> tuple[Column, Column, Colu
 def _again(plans: Plans) -> tuple[Column, Column, Column]:
     """By remat policy: gathers and sums over tensor that run again, and whether attention does."""
     rows = [again_of(name, plans.job.cfg) for name in plans.space.remat]
-    return tuple(np.array(column)[plans.columns["remat"]] for column in zip(*[(r.gathers, r.reductions, r.attention) for r in rows]))
+    return tuple(
+        np.array(column)[plans.columns["remat"]]
+        for column in zip(*[(r.gathers, r.reductions, r.attention) for r in rows])
+    )
 
 
 def _tensor(plans: Plans, s: Sizes, links: Links) -> Three:

@@ -33,7 +33,7 @@ def predict(job: Job, chip: Chip, topology: Topology | None = None) -> Estimate:
         capacity=chip.usable,
         flows=sent,
         time=time,
-        energy=energy(job, chip, done, time),
+        energy=energy(job, chip, done, time, sent),
         notes=(),
     )
     return found._replace(notes=notes(found, chip, topology))
@@ -44,7 +44,8 @@ def memory(job: Job) -> tuple[Memory, ...]:
     last = job.degrees["pipe"] - 1
     host = host_bytes(job)
     return tuple(
-        Memory(stage, state_bytes(job, stage), temporary_bytes(job, stage), host) for stage in sorted({0, last // 2, last})
+        Memory(stage, state_bytes(job, stage), temporary_bytes(job, stage), host)
+        for stage in sorted({0, last // 2, last})
     )
 
 

@@ -4,6 +4,7 @@ What is best is the least time of a step (`StepTime.middle`) that fits in memory
 answer to whether to pipeline at all.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -97,8 +98,6 @@ def search(
 
 def on(job: Job, chip: Chip, devices: int, topology: Topology | None = None) -> Job:
     """The job on other devices."""
-    import dataclasses
-
     slices = topology.slices if topology else job.mesh.dcn
     mesh = dataclasses.replace(job.mesh, dcn=slices)
     return job.changed(mesh=mesh, devices=devices, platform=chip.platform)

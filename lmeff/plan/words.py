@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 
-from lmeff.models.remat import FIXED
 from lmeff.parallel.devices import Topology
 from lmeff.parallel.mesh import BATCH_AXES, ZERO_AXIS
 from lmeff.parallel.schedules import SCHEDULES, size_of
@@ -231,7 +230,9 @@ def choices(found: "Search", chip: Chip, topology: Topology | None = None) -> tu
     if not found.best:
         return (*told, *nothing_fits(found))
     best = found.best[0]
-    told.append(f"best: {setting(best.job)}; {brief(best.time.middle)} a step, {size(best.peak.total)} of {size(best.capacity)} on a device")
+    told.append(
+        f"best: {setting(best.job)}; {brief(best.time.middle)} a step, {size(best.peak.total)} of {size(best.capacity)} on a device"
+    )
     told += [*whether_to_pipeline(found), *against_own(found), *best.notes[2:]]
     return tuple(told)
 
@@ -315,6 +316,3 @@ def brief(seconds: float) -> str:
         if seconds >= least:
             return f"{seconds / least:.3g} {unit}"
     return "0 s" if seconds == 0 else f"{seconds:.1e} s"
-
-
-KNOWN_REMAT = tuple(FIXED)
