@@ -59,7 +59,7 @@ def _row_sums(step: Step, member: Member, moe: MoE, forward: float) -> Iterator[
     """
     rows, row = step.rows_here, step.tokens_here * step.degrees[CONTEXT]
     limited = moe.capacity is not None
-    sums = (2 + limited) * forward + (2 * member.backward if step.nested else 0)
+    sums = (2 + limited) * member.forward + (2 * member.backward if step.nested else 0)
     yield Term("all-reduce", (CONTEXT,), rows * moe.experts, jnp.int32, forward, loop="layer")
     yield Term("all-reduce", (CONTEXT,), rows, jnp.float32, sums, loop="layer")
     yield Term("all-reduce", (CONTEXT,), rows, jnp.int32, 2 * step.accumulate, loop="microbatch")
