@@ -12,7 +12,7 @@ Counted as built, waste included: gradients of the input of q, k and v (and of u
 numbers of a compression's state.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import jax.numpy as jnp
 
@@ -39,23 +39,26 @@ def terms(step: Step) -> dict[str, list[Term]]:
     return {name: list(moving(row(step))) for name, row in ROWS.items()}
 
 
-def volume(step: Step, *, scatters: bool = True) -> dict[Key, float]:
+def volume(step: Step, *, scatters: bool = True, rows: Collection[str] | None = None) -> dict[Key, float]:
     """`{(kind, axes): bytes that a device sends in a step}`.
 
+    rows:     of the table, by name; None is all.
     scatters: whether the compiler makes a reduce-scatter of an all-reduce whose result is cut. XLA does for TPUs; for the CPU it leaves the
         all-reduce, twice the bytes.
     """
     total: dict[Key, float] = {}
-    for (kind, axes, _), sent in volume_by_loop(step, scatters=scatters).items():
+    for (kind, axes, _), sent in volume_by_loop(step, scatters=scatters, rows=rows).items():
         total[kind, axes] = total.get((kind, axes), 0) + sent
     return total
 
 
-def volume_by_loop(step: Step, *, scatters: bool = True) -> dict[tuple[str, tuple[str, ...], str], float]:
+def volume_by_loop(
+    step: Step, *, scatters: bool = True, rows: Collection[str] | None = None
+) -> dict[tuple[str, tuple[str, ...], str], float]:
     """`{(kind, axes, loop): bytes}`, the same by the innermost of `volume_term.LOOPS` that a collective runs in."""
     total: dict[tuple[str, tuple[str, ...], str], float] = {}
-    for row in terms(step).values():
-        for term in row:
+    for name, row in terms(step).items():
+        for term in row if rows is None or name in rows else ():
             kind = "all-reduce" if term.placed and not scatters else term.kind
             sent = term.times * term.elements * _itemsize(term) * RING[kind](step.layout.size(term.axes))
             total[kind, term.axes, term.loop] = total.get((kind, term.axes, term.loop), 0) + sent

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 
 from lmeff.models.config import MoE
 from lmeff.models.moe import row_capacity
+from lmeff.parallel.members import Member
 from lmeff.parallel.volume_term import Term
-from lmeff.parallel.workload import CONTEXT, EXPERT, Member, Step
+from lmeff.parallel.workload import CONTEXT, EXPERT, Step
 
 
 def experts(step: Step) -> Iterator[Term]:
@@ -58,7 +59,7 @@ def _row_sums(step: Step, member: Member, moe: MoE, forward: float) -> Iterator[
     """
     rows, row = step.rows_here, step.tokens_here * step.degrees[CONTEXT]
     limited = moe.capacity is not None
-    sums = (2 + limited) * forward + (2 * member.backward if step.nested else 0)
+    sums = (2 + limited) * member.forward + (2 * member.backward if step.nested else 0)
     yield Term("all-reduce", (CONTEXT,), rows * moe.experts, jnp.int32, forward, loop="layer")
     yield Term("all-reduce", (CONTEXT,), rows, jnp.float32, sums, loop="layer")
     yield Term("all-reduce", (CONTEXT,), rows, jnp.int32, 2 * step.accumulate, loop="microbatch")

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 
 import jax.numpy as jnp
 
+from lmeff.parallel.members import PIPE, Member
 from lmeff.parallel.mesh import ZERO_AXIS
 from lmeff.parallel.stages import exchange, layer_table
 from lmeff.parallel.volume_term import PARTIAL, Term, order
 from lmeff.parallel.volume_weights import exchanges_rows
-from lmeff.parallel.workload import EXPERT, PIPE, TENSOR, Member, Step
+from lmeff.parallel.workload import CONTEXT, EXPERT, TENSOR, Step
 
 
 def embedding(step: Step) -> Iterator[Term]:
@@ -35,7 +36,7 @@ def layers(step: Step) -> Iterator[Term]:
     for member in step.members:
         cfg, dense = member.cfg, member.cfg.moe is None or member.cfg.moe.shared > 0
         unit, again = step.tokens_here * cfg.width, member.again
-        for_weights = (1 + dense) * (step.schedule is not None)  # the cotangents of the sublayers' outputs, as W multiplies them
+        for_weights = (1 + dense) * (step.schedule is not None or _cut_inside(step))
         routed = cfg.moe is not None
         inputs = 3 + (1 + cfg.gated) * dense
         gathers = 2 * member.forward + (1 + dense + routed + again.gathers + for_weights) * member.backward
@@ -45,6 +46,13 @@ def layers(step: Step) -> Iterator[Term]:
         if cfg.moe is not None:
             yield Term("reduce-scatter", (TENSOR,), unit, step.policy.compute, member.forward, loop="layer")
             yield from _gates(step, member, cfg.moe.top_k * (step.degrees[EXPERT] if cfg.moe.capacity is None else 1))
+
+
+def _cut_inside(step: Step) -> bool:
+    """Whether XLA gathers the cotangents of the sublayers' outputs again for the gradients of weights: W of a pipeline does, and in a `jax.shard_map`
+    whatever still cuts tokens beside tensor."""
+    inside = (CONTEXT,) if step.region else (*step.batch, CONTEXT)
+    return step.nested and step.layout.size(inside) > 1
 
 
 def _gates(step: Step, member: Member, copies: int) -> Iterator[Term]:
@@ -68,17 +76,19 @@ def loss(step: Step) -> Iterator[Term]:
     else:
         tokens = step.tokens_here
         padded = -(-tokens // min(step.chunk, tokens)) * min(step.chunk, tokens)
-        times = step.accumulate * sum(_numbers(step))
-        yield Term("all-reduce", (TENSOR,), padded, jnp.float32, times - step.accumulate * (not step.nested), loop="microbatch")
+        times = step.accumulate * _numbers(step)[0]
+        yield Term("all-reduce", (TENSOR,), padded, jnp.float32, times, loop="microbatch")
 
 
 def _numbers(step: Step) -> tuple[int, int]:
-    """How many numbers of each token are added up over the vocabulary, and how many gradients of such sums over the rows' devices alone.
+    """How many numbers of each token are added up over the vocabulary, and how many gradients of such sums over the rows' devices alone: in a
+    `jax.shard_map` that does not check, over the vocabulary too.
 
     The largest logit, the sum of exponentials, the target's logit, and gradients; with a teacher twice the first two at a temperature and theirs,
     and the divergence.
     """
-    return (4, 1) if step.teacher is None else (10, 2)
+    over_both, over_rows = (4, 1) if step.teacher is None else (10, 2)
+    return (over_both + over_rows, 0) if step.nested else (over_both, over_rows)
 
 
 def _gathered_rows(step: Step, rows: int) -> Iterator[Term]:

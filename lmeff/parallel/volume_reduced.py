@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator
 import jax.numpy as jnp
 
 from lmeff.parallel.compressed import Reduce, sides
+from lmeff.parallel.members import Leaf
 from lmeff.parallel.mesh import ZERO_AXIS
 from lmeff.parallel.volume_term import Term, order
-from lmeff.parallel.workload import TENSOR, Leaf, Step
+from lmeff.parallel.workload import TENSOR, Step
 
 
 def reduced(step: Step, leaf: Leaf) -> Iterator[Term]:

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 
+from lmeff.parallel.members import Member
 from lmeff.parallel.order import CHUNKS, reach
 from lmeff.parallel.volume_term import Term
-from lmeff.parallel.workload import CONTEXT, TENSOR, Member, Step
+from lmeff.parallel.workload import CONTEXT, TENSOR, Step
 
 
 def sequence(step: Step) -> Iterator[Term]:

@@ -7,9 +7,13 @@ import jax.numpy as jnp
 
 from lmeff.parallel.mesh import AXES
 
-
 PARTIAL = jnp.float32  # sums of products are float32 until they are reduced
-LOOPS = ("step", "microbatch", "layer", "tick")  # once a step; for every microbatch; for every layer of each; for every tick of a pipeline
+LOOPS = (
+    "step",
+    "microbatch",
+    "layer",
+    "tick",
+)  # once a step; for every microbatch; for every layer of each; for every tick of a pipeline
 
 
 class Term(NamedTuple):
@@ -34,5 +38,3 @@ def order(axes: Iterable[str]) -> tuple[str, ...]:
     """Outermost first."""
     found = set(axes)
     return tuple(axis for axis in AXES if axis in found)
-
-

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 
+from lmeff.parallel.members import EMBEDDING, Leaf, leaves_of
 from lmeff.parallel.mesh import ZERO_AXIS
 from lmeff.parallel.volume_reduced import reduced
 from lmeff.parallel.volume_term import PARTIAL, Term, order
-from lmeff.parallel.workload import CONTEXT, EMBEDDING, TENSOR, Leaf, Member, Step, leaves_of
+from lmeff.parallel.workload import CONTEXT, EXPERT, TENSOR, Step
 
 
 def weights(step: Step) -> Iterator[Term]:
@@ -69,17 +70,26 @@ def gradients(step: Step) -> Iterator[Term]:
 
 
 def _placed_gradient(step: Step, leaf: Leaf) -> Iterator[Term]:
-    """Of a leaf in an automatic step, all layers. The layer of experts sums its own, over context too, in the dtype that it computes in."""
-    left = {axis for axis in step.batch if axis not in leaf.axes or axis == ZERO_AXIS}
-    scattered = scatters(step, leaf)
-    dtype = PARTIAL
+    """Of a leaf in an automatic step, all layers. What is scattered is summed over context together with what is left, else apart (`_of_block`)."""
     if leaf.routed:
-        left |= {CONTEXT}
-        dtype = step.policy.params if leaf.is_router else step.policy.compute
-    if scattered:
-        left -= {ZERO_AXIS}
-        yield Term("reduce-scatter", (ZERO_AXIS,), leaf.elements, dtype, placed=not leaf.routed)
-    yield Term("all-reduce", order(left), leaf.elements / (step.degrees[ZERO_AXIS] if scattered else 1), dtype)
+        yield from _routed_gradient(step, leaf)
+    elif scatters(step, leaf):
+        left = {axis for axis in step.batch if axis != ZERO_AXIS}
+        yield Term("reduce-scatter", (ZERO_AXIS,), leaf.elements, PARTIAL, placed=True)
+        yield Term("all-reduce", order({*left, CONTEXT}), leaf.elements / step.degrees[ZERO_AXIS], PARTIAL)
+    else:
+        yield Term("all-reduce", step.batch, leaf.elements, PARTIAL)
+
+
+def _routed_gradient(step: Step, leaf: Leaf) -> Iterator[Term]:
+    """The layer of experts sums its own, over context too, in the dtype that it computes in: where weights are used, so whole (a router with all experts'
+    columns), and only then scattered."""
+    dtype = step.policy.params if leaf.is_router else step.policy.compute
+    columns = step.degrees[EXPERT] if leaf.is_router else 1
+    left = {axis for axis in step.batch if axis not in leaf.axes}
+    yield Term("all-reduce", order({*left, CONTEXT}), leaf.elements * columns, dtype)
+    if scatters(step, leaf):
+        yield Term("reduce-scatter", (ZERO_AXIS,), leaf.elements, dtype)
 
 
 def scatters(step: Step, leaf: Leaf) -> bool:
@@ -127,7 +137,7 @@ def _head_gradient(step: Step, leaf: Leaf) -> Term:
 
 def exchanges_rows(step: Step) -> bool:
     """Whether rows of the embedding travel over fsdp: in an automatic step whose table is cut over D, or only its gradient is (stage 2)."""
-    cut_gradient = step.plan.zero == 2 and step.degrees[TENSOR] == 1
+    cut_gradient = step.plan.zero == 2 and step.degrees[TENSOR] == 1 and step.batch == (ZERO_AXIS,)
     return not step.region and step.degrees[ZERO_AXIS] > 1 and (step.plan.zero == 3 or cut_gradient)
 
 
@@ -138,6 +148,10 @@ def inner_gradients(step: Step) -> Iterator[Term]:
     for leaf in step.leaves:
         if leaf.in_block:
             yield from _of_block(step, leaf)
+            if (
+                step.schedule is not None and TENSOR in leaf.axes
+            ):  # on the way back from a stage, though it is summed already
+                yield Term("all-reduce", (CONTEXT,), leaf.elements, step.policy.params)
         elif leaf.path.startswith("final_norm"):
             runs = step.accumulate * step.last
             yield Term("all-reduce", (CONTEXT, TENSOR), leaf.elements, step.policy.output, runs, loop="microbatch")
@@ -154,8 +168,8 @@ def _of_block(step: Step, leaf: Leaf) -> Iterator[Term]:
         if step.nested:
             yield Term("all-reduce", (CONTEXT, *over_tensor), size, compute, times, loop="layer")
     elif leaf.is_matmul:
-        part = size / (step.degrees[ZERO_AXIS] if not step.region and scatters(step, leaf) else 1)
-        yield Term("all-reduce", (CONTEXT,), part, PARTIAL, times, loop="layer")
+        if step.region or not scatters(step, leaf):
+            yield Term("all-reduce", (CONTEXT,), size, PARTIAL, times, loop="layer")
     elif leaf.spec.letters.endswith("D"):
         yield Term("all-reduce", (CONTEXT, *over_tensor), size, compute, times, loop="layer")
     else:

@@ -1,7 +1,6 @@
 """A train step as the formulas see it: the models, the mesh, the sizes, and what a device holds and runs of them. Needs no devices."""
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,86 +8,18 @@ from typing import NamedTuple
 
 from lmeff.core.errors import ConfigError
 from lmeff.core.precision import Policy
-from lmeff.core.specs import ParamSpec
-from lmeff.core.tree import flatten
 from lmeff.models.config import ModelConfig
 from lmeff.models.remat import parse
-from lmeff.models.transformer import param_specs, sites
+from lmeff.models.transformer import sites
 from lmeff.parallel.compressed import Reduce
 from lmeff.parallel.hlo import Conditional, Taken
-from lmeff.parallel.mesh import BATCH_AXES, ZERO_AXIS, Layout, MeshPlan, indivisible, names, plan_layout
+from lmeff.parallel.members import PIPE, Leaf, Member, again_of, leaves_of, specs_of
+from lmeff.parallel.mesh import BATCH_AXES, ZERO_AXIS, Layout, MeshPlan, indivisible, plan_layout
 from lmeff.parallel.order import check_tokens
 from lmeff.parallel.schedules import is_file, resolve
-from lmeff.parallel.stages import layer_table
 from lmeff.parallel.tables import Schedule
 
-CONTEXT, EXPERT, PIPE, TENSOR = "context", "expert", "pipe", "tensor"
-EMBEDDING = "embed/table"
-
-
-class Leaf(NamedTuple):
-    """A parameter: elements that a device has when it is whole over fsdp, of all layers it holds; the axes that cut it; the layers."""
-
-    path: str
-    elements: float
-    axes: tuple[str, ...]
-    layers: int
-    spec: ParamSpec
-
-    @property
-    def is_matmul(self) -> bool:
-        """Whether an einsum contracts it."""
-        return self.spec.is_matmul
-
-    @property
-    def in_block(self) -> bool:
-        """Whether it belongs to the layers."""
-        return self.path.startswith("blocks/")
-
-    @property
-    def routed(self) -> bool:
-        """Whether the layer of experts itself moves it, as code for one device's shards (`parallel.experts`)."""
-        return self.path.startswith("blocks/moe/") and "/shared/" not in self.path
-
-    @property
-    def is_router(self) -> bool:
-        """Whether it stays in the dtype of the parameters."""
-        return self.path.endswith("/router")
-
-
-class Again(NamedTuple):
-    """What a layer's backward pass does again of the collectives of its forward pass: over tensor, and whether it goes through attention, and
-    through anything at all."""
-
-    gathers: int = 0
-    reductions: int = 0
-    attention: bool = False
-    any: bool = False
-
-
-class Member(NamedTuple):
-    """A model that runs in a step.
-
-    forward:  how often a device runs a layer forward in a step, but for what rematerialisation runs again.
-    backward: how often it runs one backward; 0 for a teacher.
-    slice:    the layers in one turn of a pipeline's op, or all.
-    """
-
-    cfg: ModelConfig
-    leaves: tuple[Leaf, ...]
-    forward: float
-    backward: float
-    slice: int
-    again: Again = Again()
-
-    @property
-    def trained(self) -> bool:
-        """Whether it has gradients."""
-        return self.backward > 0
-
-    def is_head(self, leaf: Leaf) -> bool:
-        """Whether the loss multiplies with it."""
-        return leaf.path == (EMBEDDING if self.cfg.tied else "head/w")
+CONTEXT, EXPERT, TENSOR = "context", "expert", "tensor"
 
 
 class Local(NamedTuple):
@@ -149,13 +80,21 @@ class Step:
             raise ConfigError(f"volume: got stage {self.stage}, expected 0 to {stages - 1}")
         if self.schedule is not None and min(cfg.layers for cfg in self.models) < self.schedule.slices:
             fewest = min(cfg.layers for cfg in self.models)
-            raise ConfigError(f"volume: got {fewest} layers, expected at least a layer in each of {self.schedule.slices} slices")
+            raise ConfigError(
+                f"volume: got {fewest} layers, expected at least a layer in each of {self.schedule.slices} slices"
+            )
         if self.local is not None and (self.local.axis not in ("dcn", "data") or self.degrees[self.local.axis] == 1):
-            raise ConfigError(f"volume: got workers along '{self.local.axis}', expected dcn or data, and at least two of them")
+            raise ConfigError(
+                f"volume: got workers along '{self.local.axis}', expected dcn or data, and at least two of them"
+            )
         if self.teacher is not None and self.teacher.vocab != self.cfg.vocab:
-            raise ConfigError(f"volume: got a teacher with V = {self.teacher.vocab}, expected the student's {self.cfg.vocab}")
+            raise ConfigError(
+                f"volume: got a teacher with V = {self.teacher.vocab}, expected the student's {self.cfg.vocab}"
+            )
         if parse(self.remat, sites(self.cfg)).kind == "budget":
-            raise ConfigError(f"volume: got remat '{self.remat}', expected the policy it means here; see parallel.activations.choose")
+            raise ConfigError(
+                f"volume: got remat '{self.remat}', expected the policy it means here; see parallel.activations.choose"
+            )
 
     @property
     def models(self) -> list[ModelConfig]:
@@ -231,7 +170,14 @@ class Step:
         """What is trained."""
         passes, size = self._passes(self.cfg)
         twice = self.schedule is not None and self.plan.stash == "input"
-        return Member(self.cfg, leaves_of(self.cfg, self.layout), passes * (1 + twice), passes, size, again_of(self.remat, self.cfg))
+        return Member(
+            self.cfg,
+            leaves_of(self.cfg, self.layout),
+            passes * (1 + twice),
+            passes,
+            size,
+            again_of(self.remat, self.cfg),
+        )
 
     @cached_property
     def members(self) -> list[Member]:
@@ -262,15 +208,6 @@ class Step:
         return not self.region and self.plan.zero == 3 and self.degrees[ZERO_AXIS] > 1 and self.cfg.vocab % cut == 0
 
 
-def again_of(remat: str, cfg: ModelConfig) -> Again:
-    """What a policy computes again: what enters a sublayer is never kept; the attention's output matrix multiplies again unless its product is."""
-    policy = parse(remat, sites(cfg))
-    if policy.kind == "none":
-        return Again()
-    kept = set(policy.names)
-    return Again(2, int(not kept & {"product", "attn.o"}), "attn_out" not in kept, True)
-
-
 @functools.lru_cache(maxsize=1024)
 def _layout(plan: MeshPlan, devices: int, manual: tuple[str, ...]) -> Layout:
     layout = plan_layout(plan, devices)
@@ -284,24 +221,7 @@ def _schedule(name: str, stages: int, microbatches: int, chunks: int | None) -> 
 
 @functools.lru_cache(maxsize=1024)
 def _indivisible(cfg: ModelConfig, plan: MeshPlan, devices: int) -> tuple[str, ...]:
-    return tuple(indivisible(_specs(cfg), plan.degrees(devices)))
-
-
-@functools.lru_cache(maxsize=64)
-def _specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
-    return flatten(param_specs(cfg))
-
-
-@functools.lru_cache(maxsize=1024)
-def leaves_of(cfg: ModelConfig, layout: Layout) -> tuple[Leaf, ...]:
-    """The parameters of a model on a layout."""
-    found = []
-    for path, spec in _specs(cfg).items():
-        axes = tuple(axis for entry in layout.partition(spec.letters, spec.shape) for axis in names(entry))
-        size = math.prod(spec.shape) / layout.size([axis for axis in axes if axis != ZERO_AXIS])
-        stages = layout.mesh.shape[PIPE] if PIPE in axes else 1
-        found.append(Leaf(path, size, axes, spec.shape[0] // stages if spec.stacked else 1, spec))
-    return tuple(found)
+    return tuple(indivisible(specs_of(cfg), plan.degrees(devices)))
 
 
 def branch_counts(step: Step) -> Taken:
@@ -312,7 +232,9 @@ def branch_counts(step: Step) -> Taken:
     def taken(found: Conditional) -> Sequence[float]:
         if local is not None and found.origin.endswith("shard_map/cond") and "while" not in found.origin:
             meets = [1 / local.every] * local.fragments
-            return [1 - sum(meets), *meets, 0][: found.count]  # the last, after a run's last step, is there for several fragments
+            return [1 - sum(meets), *meets, 0][
+                : found.count
+            ]  # the last, after a run's last step, is there for several fragments
         if schedule is None:
             return [found.times] * found.count
         if not found.around and found.count == 4:  # the executor's switch: idle, F, B, W

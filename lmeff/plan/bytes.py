@@ -3,7 +3,9 @@
 import math
 
 
-def quantized_bytes(params: int, bits: int, group: int | None = None, scale_bits: int = 32, zero_bits: int = 0) -> float:
+def quantized_bytes(
+    params: int, bits: int, group: int | None = None, scale_bits: int = 32, zero_bits: int = 0
+) -> float:
     """Bytes of so many weights in `bits` each, with a scale (and a zero point) for each run of `group`; without a group scales are left out.
 
     Codes are packed: 3 bits take 3 bits. lmeff's arrays have slots of 4 or 8 (`compress.storage`).

@@ -159,9 +159,9 @@ class _Counter:
         self.product(site, equation, active * w.shape[1] * w.shape[2], next(used), w, next(used))
         return made
 
-    def experts(self, layer: ExpertLayer, x: Any, batch: Batch, weights: Any, *, reveal: bool = False) -> Routed:
+    def experts(self, layer: ExpertLayer, x_BTD: Any, batch: Batch, weights: Any, *, reveal: bool = False) -> Routed:
         """An `Experts`."""
-        return layer.run(x, batch, weights, Products(self.einsum, self.grouped), ALONE, reveal)
+        return layer.run(x_BTD, batch, weights, Products(self.einsum, self.grouped), ALONE, reveal)
 
     def product(self, site: str, equation: str, multiplied: int, x: Any, w: Any, made: Any) -> None:
         """Notes a product of so many multiplications and additions."""

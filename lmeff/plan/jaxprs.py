@@ -107,7 +107,10 @@ def _is_var(var: Any) -> bool:
 
 LOOPS = ("scan", "while", "cond", "pallas_call")
 REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin", "cumsum")
-ARITHMETIC = frozenset(
-    "add sub mul div rem neg sign abs max min floor ceil round clamp select_n sqrt rsqrt cbrt square integer_pow pow exp exp2 expm1 log log1p tanh "
-    "logistic erf erfc sin cos eq ne lt le gt ge and or not xor shift_left shift_right_logical shift_right_arithmetic is_finite".split()
-)
+# fmt: off
+ARITHMETIC = frozenset((
+    "add", "sub", "mul", "div", "rem", "neg", "sign", "abs", "max", "min", "floor", "ceil", "round", "clamp", "select_n", "sqrt", "rsqrt", "cbrt",
+    "square", "integer_pow", "pow", "exp", "exp2", "expm1", "log", "log1p", "tanh", "logistic", "erf", "erfc", "sin", "cos", "is_finite",
+    "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "xor", "shift_left", "shift_right_logical", "shift_right_arithmetic",
+))
+# fmt: on

@@ -103,8 +103,8 @@ def _ops(cfg: ModelConfig) -> Ops:
     def grouped(equation: str, x: Any, w: Any, rows: Any, *, site: str) -> jax.Array:
         return checkpoint_name(GROUPED["tpu"](equation, x, w, rows), "product")
 
-    def experts(layer: ExpertLayer, x: Any, batch: Batch, weights: Any, *, reveal: bool = False) -> Routed:
-        return layer.run(x, batch, weights, Products(plain_einsum, grouped), ALONE, reveal)
+    def experts(layer: ExpertLayer, x_BTD: Any, batch: Batch, weights: Any, *, reveal: bool = False) -> Routed:
+        return layer.run(x_BTD, batch, weights, Products(plain_einsum, grouped), ALONE, reveal)
 
     def attend(q: Any, k: Any, v: Any, segments: Any, *, window: int | None, softcap: float | None) -> jax.Array:
         return _attend(q, k, v, segments, Mask(window, softcap))

@@ -2,7 +2,7 @@
 
 Two laws. About 20 tokens a parameter, whatever the budget (Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556, approaches 1 and 2). And the loss as a
 function of both, `E + A / N^alpha + B / D^beta` (approach 3), with the constants that the paper gives or with those of Besiroglu et al. 2024
-(https://arxiv.org/abs/2404.10102), who fitted its data again and found the first ones wrong. Both are for dense models, one epoch, and the data of these papers.
+(https://arxiv.org/abs/2404.10102), who fitted its data again and found the first ones wrong. Both are for dense models, one epoch, and these papers' data.
 """
 
 import math

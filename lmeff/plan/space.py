@@ -63,7 +63,7 @@ class Refused(NamedTuple):
 class Plans:
     """The plans of a job that can train, one a row.
 
-    columns: of each axis its degree; of `zero`, `accumulate` and `chunks` the number; of `sequence`, `pipeline`, `remat` and `precision` the position in
+    columns: the position of the mesh; of each axis its degree; of `zero`, `accumulate` and `chunks` the number; of `sequence`, `pipeline`, `remat` and `precision` the position in
              the space (of a pipeline -1 where there is none).
     looked:  how many plans there were, with those that cannot train. refused: those, by the kind of reason.
     """
@@ -101,7 +101,7 @@ def plans(job: Job, devices: int, space: Space) -> Plans:
     """All plans of a job on so many devices that can train. Slices stay as many as `job.mesh.dcn` says."""
     job = job.changed(devices=devices, remat=space.remat[-1])
     looked, refused, found = 0, dict[str, Refused](), list[tuple[int, ...]]()
-    for degrees in meshes(devices, job.mesh.dcn, space, has_experts=job.cfg.moe is not None):
+    for at, degrees in enumerate(meshes(devices, job.mesh.dcn, space, has_experts=job.cfg.moe is not None)):
         zeros = space.zero if degrees["fsdp"] > 1 else space.zero[-1:]
         inner = list(itertools.product(zeros, range(len(space.remat))))
         counts = microbatches(job.rows, degrees)
@@ -110,12 +110,12 @@ def plans(job: Job, devices: int, space: Space) -> Plans:
             tried = _job(job, degrees, sequence, pipeline, count, precision, space)
             reason = illegal(tried)
             if reason is None:
-                head = (*degrees.values(), sequence, pipeline, count, precision, _chunks(tried))
+                head = (at, *degrees.values(), sequence, pipeline, count, precision, _chunks(tried))
                 found += [(*head, *rest) for rest in inner]
             else:
                 before = refused.get(kind(reason), Refused(0, reason))
                 refused[kind(reason)] = before._replace(count=before.count + len(inner))
-    names = (*AXES, "sequence", "pipeline", "accumulate", "precision", "chunks", "zero", "remat")
+    names = ("mesh", *AXES, "sequence", "pipeline", "accumulate", "precision", "chunks", "zero", "remat")
     table = np.array(found, np.int64).reshape(len(found), len(names))
     columns = dict(zip(names, table.T, strict=True))
     return Plans(job=job, space=space, columns=columns, looked=looked, refused=refused)

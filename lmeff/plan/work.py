@@ -63,10 +63,14 @@ def _parts(job: Job, student: tuple[Site, ...], teacher: tuple[Site, ...]) -> di
         "attention backward": _backward_of_attention(job, local) * attention,
         "teacher": _teacher(job, teacher),
         "compression": _compression(job, student, rerun=job.policy_of_remat != "none"),
-        "optimizer": optimizer_flops(job.student, job.optim, job.precision) * copies(job.layout.of_optimizer, job.student),
+        "optimizer": optimizer_flops(job.student, job.optim, job.precision)
+        * copies(job.layout.of_optimizer, job.student),
     }
-    idle = _padded(job) * sum(parts[name] for name in parts if name not in ("teacher", "compression", "optimizer"))
-    return parts | {"padding": idle} if idle else parts
+    run_by_layers = sum(parts[name] for name in ("recompute", "attention forward", "attention backward"))
+    padding = _padding(job, job.student) * ((1 + BACKWARD) * layers + run_by_layers)
+    if job.teacher is not None:
+        padding += _padding(job, job.teacher) * (_flops(teacher, _is_in_layer) + _attention(teacher))
+    return parts | {"padding": padding} if padding else parts
 
 
 def _flops(found: tuple[Site, ...], chosen: Callable[[Site], bool]) -> float:
@@ -99,12 +103,12 @@ def _chunks(job: Job) -> int:
     return resolve(job.mesh.schedule, job.degrees["pipe"], job.accumulate, job.mesh.chunks).chunks
 
 
-def _padded(job: Job) -> float:
+def _padding(job: Job, shape: Shape) -> float:
     """How many layers a pipeline runs that are none, over those that are: slices are equally long, so the shorter ones are filled up."""
     if job.degrees["pipe"] == 1:
         return 0.0
     schedule = resolve(job.mesh.schedule, job.degrees["pipe"], job.accumulate, job.mesh.chunks)
-    return layer_table(schedule, job.cfg.layers).size / job.cfg.layers - 1
+    return layer_table(schedule, shape.cfg.layers).size / shape.cfg.layers - 1
 
 
 def _compression(job: Job, student: tuple[Site, ...], *, rerun: bool) -> float:
@@ -133,25 +137,42 @@ def _activations(job: Job, student: tuple[Site, ...], rerun: int) -> float:
 
 
 CONVENTIONS: dict[str, str] = {
-    "forward": "products of activations and weights: 2 FLOPs for each multiplication and addition; embedding lookups, norms, rotations, softmax and gates are "
-    "not counted. Of experts, rows of every token's top_k; with a capacity all slots, filled or not.",
+    "forward": (
+        "products of activations and weights: 2 FLOPs for each multiplication with its addition; embedding lookups, norms, rotations, softmax and gates "
+        "are not counted. Of experts, the rows of every token's top_k; with a capacity all slots, filled or not."
+    ),
     "backward": "twice the forward products: the gradients of the input and of the weight; none for the embedding's lookup.",
-    "recompute": "forward products and attention that run again in the backward pass: what the remat policy's traced gradient has beyond one without it, and in a "
-    "pipeline that keeps inputs the whole forward pass of the layers.",
-    "attention forward": "scores and values, 4 x tokens seen x heads x head width: the causal (windowed) part, as if every row were one document; the masked part of "
-    "tiles on the diagonal is not counted.",
-    "attention backward": "as many times the forward pass as its kernel has products for the two of the forward pass: 2.5 where one pass makes the scores again, 3.5 "
-    "on TPUs, whose kernel makes them once for queries and once for keys.",
+    "recompute": (
+        "forward products and attention that run again in the backward pass: what the traced gradient has under the remat policy beyond one without it, and "
+        "in a pipeline that keeps inputs the whole forward pass of the layers."
+    ),
+    "attention forward": (
+        "scores and values, 4 x tokens x tokens seen x heads x head width: the causal (windowed) part, as if every row were one document; the masked part "
+        "of tiles on the diagonal is not counted."
+    ),
+    "attention backward": (
+        "as many times the forward pass as its kernel has products for the two of the forward pass: 2.5 where one pass makes the scores again, 3.5 on TPUs, "
+        "whose kernel makes them once for queries and once for keys."
+    ),
     "teacher": "its forward pass, attention causal; no backward pass.",
-    "compression": "elementwise FLOPs of weights seen through masks and grids (forward and backward, every microbatch, again where layers are computed again, on every "
-    "device that holds a copy), and of activations put on grids. New masks, made now and then, are not counted.",
-    "optimizer": "elementwise FLOPs of the update with clipping and moving average, on every device that holds a copy, and products where the optimizer has some.",
+    "compression": (
+        "elementwise FLOPs of weights seen through masks and grids (forward and backward, every microbatch, again where layers are computed again, on every "
+        "device that holds a copy), and of activations put on grids. New masks, made now and then, are not counted."
+    ),
+    "optimizer": (
+        "elementwise FLOPs of the update with clipping and moving average, on every device that holds a copy, and products where the optimizer has some. "
+        "The outer step of local updates, taken now and then, is not counted."
+    ),
     "padding": "layers that are none, which a pipeline runs where its slices do not divide the layers; left out where there are none.",
-    "model_full": "3 x the forward pass with attention counted full, every query with every key; nothing that is computed twice, no teacher, no empty expert slots "
-    "(Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B). MFU full divides this by time and peak.",
-    "model_causal": "the same with the part of attention that is not masked. MFU causal.",
-    "hardware": "all that runs: the sum of the parts. HFU.",
+    "model_full": (
+        "3 x the forward pass with attention counted full, every query with every key; nothing that is computed twice, no teacher, no empty expert slots "
+        "(Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B). MFU (full) divides it by time and peak."
+    ),
+    "model_causal": "the same with the part of attention that is not masked. MFU (causal) divides it by time and peak.",
+    "hardware": "all that runs: the sum of the parts. HFU divides it by time and peak.",
     "effective": "model_causal without what pruned weights multiply at the end of training; no hardware here skips them.",
-    "six_nd": "6 x parameters that act on a token (the embedding's too) x tokens (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361, there without embeddings); no "
-    "attention.",
+    "six_nd": (
+        "6 x parameters that act on a token (the embedding's too) x tokens, without attention (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361, who "
+        "leave embeddings out)."
+    ),
 }

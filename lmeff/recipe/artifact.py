@@ -1,6 +1,7 @@
 """An artifact: a model at rest. What every stage of a recipe takes and makes."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,14 +97,38 @@ def load(name: str, recipe: Recipe, directory: Path, layout: Layout, dtype: Any)
 
 def abstract_arrays(cfg: ModelConfig, recipe: Recipe, layout: Layout, dtype: Any) -> dict[str, Any]:
     """The arrays of an artifact as specs with shardings: known before any weight exists."""
-    specs = param_specs(cfg)
-    compression = build(recipe.transforms)
+    params, state = _shapes(cfg, recipe, dtype)
+    arrays = with_shardings({"params": params, "state": state}, param_specs(cfg), layout)
+    return {**arrays, "ranges": abstract_ranges(cfg, recipe, layout)}
+
+
+def abstract_ranges(cfg: ModelConfig, recipe: Recipe, layout: Layout) -> dict[str, Any]:
+    """Its calibrated activation ranges: float32 [L, 2] (low, high), and [2] for the head; none where every format is found on the fly."""
+    return {
+        site: jax.ShapeDtypeStruct(_range_shape(site, cfg), jnp.float32, sharding=layout.replicated)
+        for site in recipe.numerics.static_sites
+    }
+
+
+def abstract_effective(cfg: ModelConfig, recipe: Recipe, layout: Layout, dtype: Any) -> Any:
+    """`Artifact.effective` as specs with shardings."""
+    return with_shardings(_effective(cfg, recipe, dtype), param_specs(cfg), layout)
+
+
+# The same for every mesh: a search asks for hundreds.
+@functools.lru_cache(maxsize=64)
+def _shapes(cfg: ModelConfig, recipe: Recipe, dtype: Any) -> tuple[Any, State]:
+    specs, compression = param_specs(cfg), build(recipe.transforms)
     params = abstract(specs, dtype)
     state = jax.eval_shape(lambda p: compression.init(p, specs), params)
-    if recipe.packed:
-        params, state = jax.eval_shape(compression.export, params, state), State({}, {})
-    ranges = {site: jax.ShapeDtypeStruct(_range_shape(site, cfg), jnp.float32) for site in recipe.numerics.static_sites}
-    return with_shardings({"params": params, "state": state, "ranges": ranges}, specs, layout)
+    if not recipe.packed:
+        return params, state
+    return jax.eval_shape(compression.export, params, state), State({}, {})
+
+
+@functools.lru_cache(maxsize=64)
+def _effective(cfg: ModelConfig, recipe: Recipe, dtype: Any) -> Any:
+    return jax.eval_shape(recipe.compression.apply, *_shapes(cfg, recipe, dtype))
 
 
 def _range_shape(site: str, cfg: ModelConfig) -> tuple[int, ...]:

@@ -18,21 +18,19 @@ from lmeff.core.numerics import materialize
 from lmeff.core.precision import Policy, parse
 from lmeff.core.specs import abstract, initialize
 from lmeff.data.loader import Corpus
-from lmeff.distill.objectives import Distill, Projection, head_objective
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
-from lmeff.parallel.activations import choose
-from lmeff.parallel.compressed import make_reducer
 from lmeff.parallel.mesh import Layout, shardings
 from lmeff.parallel.rows import own_rows
 from lmeff.recipe.artifact import Artifact, Recipe
 from lmeff.recipe.measure import held_out
+from lmeff.recipe.runtime import make_runtime
 from lmeff.train.evaluate import make_eval_step
 from lmeff.train.loop import Cost, Job, train
 from lmeff.train.metrics import read_metrics
-from lmeff.train.optim import OptimConfig, learning_rate_at, make_optimizer
+from lmeff.train.optim import learning_rate_at
 from lmeff.train.progress import Progress
-from lmeff.train.runtime import Frozen, Model, Runtime
+from lmeff.train.runtime import Frozen, Runtime
 from lmeff.train.state import TrainState, create_state, with_compression
 from lmeff.train.step import begin
 
@@ -188,7 +186,17 @@ def _trained(
 ) -> tuple[Any, State, Cost]:
     teacher = earlier[stage.distill.teacher] if stage.distill else None
     optim, steps = stage.optim or shop.experiment.optim, shop.experiment.steps(stage)
-    rt = runtime(shop, start, optim, steps, stage.distill, teacher)
+    rt = make_runtime(
+        start,
+        teacher,
+        train=shop.experiment.train,
+        optim=optim,
+        distill=stage.distill,
+        steps=steps,
+        tokens=shop.experiment.data.sequence,
+        policy=shop.policy,
+        layout=shop.layout,
+    )
     state = create_state(
         start.params, rt.specs, rt.compression, rt.tx, shop.layout, ema=rt.ema is not None, offload=rt.offload
     )
@@ -197,7 +205,7 @@ def _trained(
     state = begin(rt, state)
     frozen = Frozen(ranges=start.ranges)
     if teacher is not None:
-        frozen = frozen._replace(teacher=teacher.effective(), teacher_ranges=teacher.ranges)
+        frozen = frozen._replace(teacher=_placed(teacher, shop.layout), teacher_ranges=teacher.ranges)
     rows = own_rows(shop.layout, shop.experiment.train.batch)
     job = Job(
         rt=rt,
@@ -214,6 +222,12 @@ def _trained(
     return state.final.params, State(state.final.compression, state.auxiliary), cost
 
 
+def _placed(teacher: Artifact, layout: Layout) -> Any:
+    """The teacher's weights as its forward pass sees them, where `abstract_frozen` says; XLA might have left a result elsewhere."""
+    effective = teacher.effective()
+    return jax.device_put(effective, shardings(effective, param_specs(teacher.cfg), layout))
+
+
 def validation_loss(shop: Workshop, rt: Runtime, ranges: Any) -> Callable[[TrainState], float]:
     """Nats per token of the model in training on the validation split."""
     step, options = make_eval_step(rt.student, rt.layout, rt.policy), shop.experiment.evaluate
@@ -227,36 +241,6 @@ def validation_loss(shop: Workshop, rt: Runtime, ranges: Any) -> Callable[[Train
         return held_out(run, shop.corpus.validation, rt.layout, options.batch, options.batches).mean
 
     return loss
-
-
-def runtime(
-    shop: Workshop, start: Start, optim: OptimConfig, steps: int, distill: Distill | None, teacher: Artifact | None
-) -> Runtime:
-    """Everything static of the stage's train step."""
-    config = shop.experiment.train
-    specs = param_specs(start.cfg)
-    compression = start.recipe.compression
-    projection = Projection(start.cfg, start.recipe.numerics)
-    rows = config.batch // config.accumulate
-    teacher_model = None if teacher is None else Model(teacher.cfg, teacher.recipe.numerics)
-    teacher_head = None if teacher is None else Projection(teacher.cfg, teacher.recipe.numerics)
-    return Runtime(
-        student=Model(start.cfg, start.recipe.numerics, compression.apply),
-        teacher=teacher_model,
-        specs=specs,
-        compression=compression,
-        objective=head_objective(projection, teacher_head, distill),
-        tx=make_optimizer(optim, steps, policy=shop.policy, specs=specs),
-        layout=shop.layout,
-        policy=shop.policy,
-        accumulate=config.accumulate,
-        remat=choose(config.remat, start.cfg, shop.layout, rows, shop.experiment.data.sequence, shop.policy.compute),
-        ema=optim.ema,
-        reducer=make_reducer(config.reduce, specs),
-        local=config.local,
-        steps=steps,
-        offload=optim.offload,
-    )
 
 
 def _curve(directory: Path) -> list[list[float]]:

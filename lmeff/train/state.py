@@ -105,8 +105,7 @@ def abstract_state(
 ) -> TrainState:
     """The state as shapes with shardings, to compile a step for devices that are not here; nothing is allocated."""
     made = jax.eval_shape(lambda p: build_state(p, specs, compression, tx, ema=ema), abstract(specs, dtype))
-    places = state_shardings(made, specs, layout, offload=offload)
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), made, places)
+    return placed(made, state_shardings(made, specs, layout, offload=offload))
 
 
 def abstract_batch(rows: int, tokens: int, layout: Layout) -> Batch:
@@ -121,9 +120,12 @@ def abstract_batch(rows: int, tokens: int, layout: Layout) -> Batch:
 
 def with_shardings(tree: Any, specs: Tree, layout: Layout) -> Any:
     """`jax.ShapeDtypeStruct`s with the layout's shardings in place of the leaves of `tree`."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree, specs, layout)
-    )
+    return placed(tree, shardings(tree, specs, layout))
+
+
+def placed(tree: Any, places: Any) -> Any:
+    """The shapes and dtypes of a tree with these shardings."""
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 
 def create_state(

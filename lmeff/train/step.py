@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from lmeff.compress.base import State
 from lmeff.core.batch import Batch
+from lmeff.core.specs import abstract
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import Layout, partitions, shardings
 from lmeff.parallel.region import EXACT, Kept, accumulated, gradient, regional
@@ -21,13 +22,31 @@ from lmeff.train.loss_scale import PATIENCE, current_scale, find
 from lmeff.train.optim import ema_update
 from lmeff.train.pipelined import pipelined_gradients
 from lmeff.train.runtime import Frozen, Metrics, Runtime
-from lmeff.train.state import Trainable, TrainState, on_host, state_shardings
+from lmeff.train.state import Trainable, TrainState, build_state, on_host, placed, state_shardings
 
 
 def begin(rt: Runtime, state: TrainState) -> TrainState:
     """A fresh state with what the reducer and separate workers keep besides."""
     if rt.reducer is EXACT and rt.local is None:
         return state
+    make, places = _beginning(rt, state)
+    return jax.jit(make, out_shardings=places)(state)
+
+
+def abstract_begin(rt: Runtime, state: TrainState) -> TrainState:
+    """The state that a run begins with, as shapes with shardings; `state` is what `build_state` makes, as shapes."""
+    make, places = _beginning(rt, state)
+    return placed(jax.eval_shape(make, state), places)
+
+
+def abstract_start(rt: Runtime) -> TrainState:
+    """The same from the runtime alone: all that a step's compilation has to know of the state. Nothing is allocated."""
+    build = functools.partial(build_state, specs=rt.specs, compression=rt.compression, tx=rt.tx, ema=rt.ema is not None)
+    return abstract_begin(rt, jax.eval_shape(build, abstract(rt.specs, rt.policy.params)))
+
+
+def _beginning(rt: Runtime, state: TrainState) -> tuple[Callable[[TrainState], TrainState], TrainState]:
+    """What makes the state that a run begins with of a fresh one, and where its leaves lie."""
     axes = () if rt.local is None else (rt.local.axis,)
     region = dataclasses.replace(rt, layout=rt.layout.within(axes)).region(state.trainable)
 
@@ -39,7 +58,7 @@ def begin(rt: Runtime, state: TrainState) -> TrainState:
     cuts = rt.reducer.cuts(region, reduction)
     places = state_shardings(state, rt.specs, rt.layout, offload=rt.offload)
     places = places._replace(reduction=jax.tree.map(lambda _, cut: NamedSharding(rt.layout.mesh, cut), reduction, cuts))
-    return jax.jit(make, out_shardings=spread_shardings(places, *axes) if axes else places)(state)
+    return make, spread_shardings(places, *axes) if axes else places
 
 
 def make_train_step(rt: Runtime) -> Callable[[TrainState, Batch, Frozen], tuple[TrainState, Metrics]]:

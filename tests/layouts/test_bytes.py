@@ -7,15 +7,11 @@ import functools
 
 import pytest
 
-from lmeff.parallel.collective import volumes
-from lmeff.parallel.hlo import collectives
-from lmeff.parallel.volume import volume
-from lmeff.parallel.workload import Step, branch_counts
 from tests.layouts.test_pipeline import ROWS as PIPELINE_ROWS
 from tests.layouts.test_pipeline import program
-from tests.layouts.trial import MODELS, ROWS, TOKENS, Mesh, compile_step, make_inputs, make_runtime, run
+from tests.layouts.traffic import compared, step_of
+from tests.layouts.trial import ROWS, Mesh, compile_step, make_inputs, make_runtime, run
 
-CHUNK = 8  # of the trial's loss
 REGIONS = {
     "data4-fsdp2": Mesh(data=4, fsdp=2, accumulate=2, remat="names"),
     "data2-fsdp2-tensor2": Mesh(data=2, fsdp=2, tensor=2, accumulate=4, model="tied"),
@@ -50,18 +46,9 @@ def text(mesh, shared):
     return compile_step(rt, *make_inputs(rt, mesh)).as_text()
 
 
-def step_of(mesh, stage=0):
-    rows = PIPELINE_ROWS * mesh.accumulate if mesh.pipe == 4 else ROWS
-    sizes = {"devices": mesh.devices, "rows": rows, "tokens": TOKENS, "chunk": CHUNK}
-    knobs = {"accumulate": mesh.accumulate, "remat": mesh.remat, "stage": stage}
-    return Step(cfg=MODELS[mesh.model], plan=mesh.plan, **sizes, **knobs)
-
-
 def both(name, mesh, stage=0):
-    step = step_of(mesh, stage)
-    return volumes(collectives(text(mesh, name in SHARED), branch_counts(step)), step.degrees), volume(
-        step, scatters=False
-    )
+    rows = PIPELINE_ROWS * mesh.accumulate if mesh.pipe == 4 else ROWS
+    return compared(text(mesh, name in SHARED), step_of(mesh, stage=stage, rows=rows))
 
 
 def cases(meshes):

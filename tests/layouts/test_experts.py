@@ -17,6 +17,7 @@ from lmeff.parallel.hlo import collectives
 from lmeff.parallel.mesh import MeshPlan
 from lmeff.parallel.region import Kept, regional
 from lmeff.parallel.seam import layout_ops
+from tests.layouts.traffic import compared, step_of
 from tests.layouts.trial import MODELS, ROWS, TOKENS, Mesh, assert_equals_one_device, make_batch, relative, run
 
 EIGHT = Mesh(expert=8, model="capacity")
@@ -66,6 +67,13 @@ def test_equals_one_device(mesh, feature):
     told = run(one(mesh), feature).metrics[0]
     assert {"balance", "router_z"} <= told.keys()
     assert mesh.model != "capacity" or told["dropped"] > 0.1
+
+
+@pytest.mark.parametrize(("mesh", "feature"), FAST, ids=[name(*case) for case in FAST])
+def test_a_step_moves_what_the_formula_says_to_the_byte(mesh, feature):
+    """Others are compared in `test_bytes_composed.py`."""
+    got, want = compared(run(mesh, feature).text, step_of(mesh, feature))
+    assert got == pytest.approx(want)
 
 
 def layer_gradients(mesh):

@@ -7,7 +7,7 @@ import pytest
 
 from lmeff.parallel.hlo import collectives
 from lmeff.train.evaluate import make_eval_step
-from tests.layouts.traffic import received
+from tests.layouts.traffic import compared, received, step_of
 from tests.layouts.trial import MODELS, ROWS, TOKENS, Mesh, assert_equals_one_device, make_inputs, make_runtime, run
 
 SEQUENCE_PARALLEL = Mesh(context=4, tensor=2, remat="full", model="tied")
@@ -75,7 +75,15 @@ def test_over_context_only_keys_and_sums_move():
     assert all("attention" in c.origin for c in permutes)
 
 
-def test_a_layer_of_a_step_moves_what_the_formula_says():
+@pytest.mark.parametrize("name", sorted(FAST))
+def test_a_step_moves_what_the_formula_says_to_the_byte(name):
+    """Keys, documents, gradients over context, and all else; others are compared in `tests/layouts/test_bytes_composed.py`."""
+    feature, mesh = STEPS[name]
+    got, want = compared(run(mesh, feature).text, step_of(mesh, feature))
+    assert got == pytest.approx(want)
+
+
+def test_a_ring_that_runs_forward_again_shares_a_send():
     """Full remat runs each layer's forward pass twice; the second one's first send is also the first of the backward pass, and XLA does it once."""
     mesh = SEQUENCE_PARALLEL
     cfg = MODELS[mesh.model]

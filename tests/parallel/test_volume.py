@@ -8,11 +8,12 @@ import pytest
 from lmeff.core.errors import ConfigError
 from lmeff.core.precision import parse
 from lmeff.core.specs import count
-from lmeff.models.config import ModelConfig, preset
+from lmeff.models.config import ModelConfig, MoE, preset
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import MeshPlan
-from lmeff.parallel.volume import ROWS, Term, terms, volume
-from lmeff.parallel.workload import Step
+from lmeff.parallel.volume import ROWS, terms, volume
+from lmeff.parallel.volume_term import Term
+from lmeff.parallel.workload import Local, Step
 
 LLAMA = preset("llama3_8b")
 WEIGHTS = count(param_specs(LLAMA))
@@ -119,7 +120,7 @@ def test_pipeline_permutes_its_payload_every_tick():
 
 @pytest.mark.parametrize(
     ("layers", "chunks", "kinds"),
-    [(8, 1, set()), (8, 2, {"all-to-all"}), (12, 2, {"all-gather", "reduce-scatter"}), (6, 2, set())],
+    [(8, 1, set()), (8, 2, {"all-to-all"}), (12, 2, {"all-gather", "reduce-scatter"}), (10, 2, set())],
 )
 def test_layers_of_several_chunks_are_exchanged(layers, chunks, kinds):
     """Slices that are alike are exchanged, others gathered; where stages do not divide layers every stage has all of them."""
@@ -148,13 +149,29 @@ def test_a_row_is_all_that_a_new_strategy_adds(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"expert": 2}, "got expert, whose collectives have no formula yet"),
         ({"tensor": 8, "tokens": 60}, "T = 60 over tensor = 8"),
+        ({"tensor": 2, "context": 2, "tokens": 66, "sequence": "ulysses"}, "T = 66 over context x tensor = 4"),
+        ({"context": 4, "tokens": 60}, "rows of 60 tokens, expected a multiple of 2 x mesh.context = 8"),
+        (
+            {"context": 8, "sequence": "ulysses", "teacher": dataclasses.replace(MODEL, heads=4, kv_heads=4)},
+            r"H = \[8, 4\] over context x tensor",
+        ),
+        ({"cfg": dataclasses.replace(MODEL, moe=MoE(experts=4)), "expert": 8}, "E = 4 over expert = 8"),
+        ({"teacher": dataclasses.replace(MODEL, kv_heads=2), "tensor": 4}, "K = 2 over tensor = 4"),
+        ({"teacher": dataclasses.replace(MODEL, vocab=512)}, "a teacher with V = 512, expected the student's 256"),
+        (
+            {"pipe": 4, "accumulate": 4, "teacher": dataclasses.replace(MODEL, layers=2)},
+            "got 2 layers, expected at least",
+        ),
+        ({"local": Local("fsdp", 4), "fsdp": 8}, "workers along 'fsdp', expected dcn or data"),
+        ({"local": Local("dcn", 4)}, "workers along 'dcn', expected dcn or data, and at least two"),
+        ({"remat": "budget:1GiB"}, "got remat 'budget:1GiB', expected the policy it means"),
+        ({"remat": "most"}, "train.remat: got 'most'"),
         ({"rows": 12}, "B = 12 over the batch axes and 1 microbatches"),
         ({"pipe": 4, "accumulate": 4, "stage": 4}, "got stage 4, expected 0 to 3"),
         ({"cfg": dataclasses.replace(MODEL, kv_heads=2), "tensor": 8}, "K = 2 over tensor = 8"),
     ],
 )
-def test_what_has_no_formula_is_refused(changes, message):
+def test_what_no_step_could_be_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         step(**changes)

@@ -80,7 +80,9 @@ def test_reports_say_the_same(name):
     """`models.cost.flops_per_token`, which comparison tables show, is this count by token."""
     cfg = preset(name)
     found = count_sites(Shape(cfg=cfg), 1, 2048)
-    assert sum(site.flops * site.visible for site in found) / 2048 == pytest.approx(flops_per_token(cfg, 2048), rel=1e-9)
+    assert sum(site.flops * site.visible for site in found) / 2048 == pytest.approx(
+        flops_per_token(cfg, 2048), rel=1e-9
+    )
 
 
 def test_reports_count_no_empty_slots():
@@ -160,7 +162,9 @@ def test_bytes_are_those_of_the_compute_dtype_and_the_logits_those_of_the_output
 
 
 def test_packed_weights_are_read_as_codes_and_scales():
-    recipe = Recipe(transforms=(Quantize(rules=((r"blocks/.*/(w.|up|gate|down)", "int4/g32"), (".*", None))),), packed=True)
+    recipe = Recipe(
+        transforms=(Quantize(rules=((r"blocks/.*/(w.|up|gate|down)", "int4/g32"), (".*", None))),), packed=True
+    )
     coded = dataclasses.replace(recipe, numerics=Numerics(tuple((site, parse_format("int8")) for site in ("mlp.up",))))
     plain, both = ({s.name: s for s in count_sites(Shape(cfg=BASE, recipe=r), 1, TOKENS)} for r in (recipe, coded))
     codes, scales = 128 * 320 / 2, 128 / 32 * 320 * 4

@@ -16,7 +16,16 @@ from lmeff.models.config import ModelConfig, MoE
 from lmeff.models.mask import Mask
 from lmeff.models.remat import parse, wrapper
 from lmeff.models.transformer import block, param_specs, sites
-from lmeff.parallel.slices import Out, Slice, SliceModel, forward_slice, products_of, pull_slice, save_slice, weight_gradients
+from lmeff.parallel.slices import (
+    Out,
+    Slice,
+    SliceModel,
+    forward_slice,
+    products_of,
+    pull_slice,
+    save_slice,
+    weight_gradients,
+)
 from lmeff.plan.jaxprs import product_flops, total, traced
 from lmeff.plan.recompute import again, attention_backward
 
