@@ -13,14 +13,18 @@ from rich.console import Console
 from lmeff.config import Experiment
 from lmeff.config.overrides import resolve
 from lmeff.core.errors import ConfigError, DoesNotFit, UsageError, UserError
+from lmeff.launch import simulate_devices
 from lmeff.parallel.devices import Topology, parse_topology
 from lmeff.plan.answer import estimate_json, join, search_json, serving_json
+from lmeff.plan.budget import fit
+from lmeff.plan.estimate import Estimate
 from lmeff.plan.hardware import Chip, chip
 from lmeff.plan.job import Job, jobs
 from lmeff.plan.predict import predict
 from lmeff.plan.search import search
 from lmeff.plan.show import overview, show
-from lmeff.report import plan_words
+from lmeff.plan.verify import verify
+from lmeff.report import plan_words, words
 from lmeff.report.plan import write_plan
 
 Json = dict[str, Any]
@@ -103,6 +107,12 @@ def target(command: Plan, experiment: Experiment) -> Target:
         return Target(chip(found.family), found.devices, found, command.topology)
     if command.devices is not None and command.devices < 1:
         raise UsageError(f"--devices: got {command.devices}, expected at least 1")
+    if command.compile:
+        if command.chip not in (None, "cpu"):
+            raise UsageError(
+                f"plan: got --compile for --chip {command.chip}, expected --chip cpu, or a topology, such as --topology v5p:4x4x4"
+            )
+        simulate_devices(command.devices or asked(experiment))
     return Target(chip(command.chip or "cpu"), command.devices or asked(experiment))
 
 
@@ -124,7 +134,7 @@ def plan(command: Plan, overrides: Sequence[str], console: Console) -> Json:
     plans = {job.name: predict(job, where.chip, where.topology) for job in others}
     answers = [estimate_json(estimate) for estimate in plans.values()]
     found = next(answer for answer in answers if answer["stage"] == chosen.name)
-    found |= extras(command, chosen, where)
+    found |= extras(command, plans[chosen.name], where, console)
     answer = join(experiment.name, answers, found)
     if len(answers) > 1:
         overview(answers, console)
@@ -132,26 +142,42 @@ def plan(command: Plan, overrides: Sequence[str], console: Console) -> Json:
     if command.html is not None:
         _write(answer, command.html)
         console.print(f"page: {command.html}", highlight=False, soft_wrap=True)
-    if not _fits(found):
-        raise DoesNotFit(f"{chosen.name}: {plan_words.verdict(found)}", answer)
+    if not fits(found):
+        raise DoesNotFit(f"{chosen.name}: {plan_words.refusal(found)}", answer)
     return answer
 
 
-def extras(command: Plan, job: Job, where: Target) -> Json:
+def extras(command: Plan, estimate: Estimate, where: Target, console: Console) -> Json:
     """What the options ask for besides the plan itself."""
     found: Json = {}
+    job = estimate.job
     if command.search:
         found["search"] = search_json(search(job, where.chip, topology=where.topology))
+    if command.fit:
+        found["room"] = fit(job, where.chip)._asdict()
     if command.serve:
         found["serving"] = serving_json(job.cfg, where.chip, job.tokens)
+    if command.compile or (where.name is not None and not command.no_compile):
+        told = where.name or words.plural(where.devices, "simulated CPU device")
+        console.print(f"compiling the train step for {told} ...", style="dim", highlight=False)
+        found["compiled"] = compiled(estimate, where)
+        found["fits"] = found["compiled"]["fits"]
     return found
 
 
-def _fits(found: Json) -> bool:
+def compiled(estimate: Estimate, where: Target) -> Json:
+    """What the compiler says of the real train step; its word counts."""
+    try:
+        found = verify(estimate.job, where.name or jax.devices(), predicted=estimate.peak)
+    except DoesNotFit as error:
+        return {"where": where.name, "fits": False, "refusal": str(error)}
+    # A TPU's compiler refuses what does not fit; a CPU's compiles anything.
+    return found.to_json()["compiled"] | {"fits": where.name is not None or found.total <= estimate.capacity}
+
+
+def fits(found: Json) -> bool:
     """A search answers whether anything does."""
-    if "search" in found:
-        return found["search"]["fit"] > 0
-    return found["fits"]
+    return found["search"]["fit"] > 0 if "search" in found else found["fits"]
 
 
 def choose(command: Plan, experiment: Experiment, where: Target) -> tuple[Job, list[Job]]:

@@ -54,9 +54,12 @@ def _head(console: Console, text: str) -> None:
 
 def _compiled(plan: Json, console: Console) -> None:
     rows = plan_words.compared(plan)
+    if "refusal" in (plan.get("compiled") or {}):
+        _head(console, "compiled")
+        print_points(console, [plan["compiled"]["refusal"]])
     if not rows:
         return
-    _head(console, "bytes on a device, predicted and compiled")
+    _head(console, f"bytes on a device, predicted and compiled for {plan['compiled']['where']}")
     table = make_table(console, "what", "predicted", "compiled", "error", text_columns=("what",))
     for name, ours, theirs, error in rows:
         cells = (name, words.size(ours), words.size(theirs), words.DASH if error is None else words.percent(error, 1))
@@ -74,6 +77,12 @@ def _compiled_bytes(plan: Json, console: Console) -> None:
         cells = (kind, axes, words.size(ours), words.size(theirs))
         table.add_row(*(make_cell(console, cell) for cell in cells))
     console.print(table)
+
+
+def _room(plan: Json, console: Console) -> None:
+    if plan.get("room"):
+        _head(console, "what there is room for")
+        print_points(console, plan_words.roomy(plan))
 
 
 def _memory(plan: Json, console: Console) -> None:
@@ -201,7 +210,7 @@ def _search(plan: Json, console: Console) -> None:
         style = "" if row["fits"] else "dim"
         table.add_row(*(make_cell(console, cell, style) for cell in cells))
     console.print(table)
-    print_points(console, [*found["reasons"], *plan_words.refusals(found)])
+    print_points(console, found["reasons"])
 
 
 def _serving(plan: Json, console: Console) -> None:
@@ -217,5 +226,5 @@ def _serving(plan: Json, console: Console) -> None:
 
 
 SECTIONS: tuple[Callable[[Json, Console], None], ...] = (
-    _search, _compiled, _memory, _flops, _collectives, _time, _energy, _serving, _sharding,
+    _search, _room, _compiled, _memory, _flops, _collectives, _time, _energy, _serving, _sharding,
 )  # fmt: skip

@@ -32,6 +32,8 @@ def render_plan(answer: Json) -> str:
         sentences=[plan_words.speed(plan), plan_words.cost(plan), *plan_words.notes(plan)],
         facts=_facts(plan),
         memory=memory_bars(plan),
+        compiled=plan.get("compiled") or {},
+        room=plan_words.roomy(plan) if plan.get("room") else [],
         compared=[_compared(*row) for row in plan_words.compared(plan)],
         compared_collectives=plan_words.compared_collectives(plan),
         parts=time_bar(plan),
@@ -59,10 +61,9 @@ def _facts(plan: Json) -> list[tuple[str, str]]:
     some = f", {words.count(active)} of them active" if active != plan["parameters"] else ""
     return [
         ("Devices", f"{plan['devices']} of {plan['chip']}"),
-        ("Mesh", job["words"]),
+        ("Plan", plan_words.chosen(job)),
         ("Parameters", f"{words.count(plan['parameters'])}{some}"),
         ("A step", f"{job['rows']} rows of {job['tokens']:,} tokens, microbatches: {job['accumulate']}"),
-        ("Recomputation", job["remat"] if job["remat"] == job["remat_policy"] else f"{job['remat']}: {job['remat_policy']}"),
         ("Precision", job["precision"].replace(",", ", ")),
         ("Optimizer", job["optimizer"]),
     ]  # fmt: skip

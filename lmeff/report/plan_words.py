@@ -52,10 +52,23 @@ def fullest(plan: Json) -> Json:
 
 
 def verdict(plan: Json) -> str:
-    """Whether it fits, and how nearly."""
+    """Whether it fits, and how nearly; the compiler's word counts where it was asked."""
     total, capacity = plan["bytes_per_device"]["total"], plan["capacity"]
     told = f"the fullest device needs {words.size(total)} of {words.size(capacity)}, {share(total, capacity)}"
-    return f"Fits: {told}." if plan["fits"] else f"Does not fit: {told}; {blame(plan)}."
+    compiled = plan.get("compiled")
+    if compiled:
+        says = "so the compiler says" if compiled["fits"] else "the compiler refuses it"
+        told = f"{says}; predicted, {told}"
+    if plan["fits"]:
+        return f"Fits: {told}."
+    return f"Does not fit: {told}; {blame(plan)}."
+
+
+def refusal(plan: Json) -> str:
+    """Why a plan that does not fit is refused: the compiler's reason where it gave one."""
+    if plan.get("search"):
+        return plan["search"]["reasons"][-1]
+    return (plan.get("compiled") or {}).get("refusal") or verdict(plan)
 
 
 def share(part: float, whole: float) -> str:
@@ -82,7 +95,7 @@ def speed(plan: Json) -> str:
     use = plan["utilization"]
     return (
         f"{words.count(low)} to {words.count(high)} tokens/s, perhaps {words.count(plan['tokens_per_second'])}: "
-        f"MFU {use['mfu_full']:.0%} with attention counted full, {use['mfu_causal']:.0%} causal; HFU {use['hfu']:.0%}."
+        f"MFU {use['mfu_full']:.0%} with attention counted full, {use['mfu_causal']:.0%} causal; HFU {use['hfu']:.0%}"
     )
 
 
@@ -97,18 +110,22 @@ def cost(plan: Json) -> str:
     wall = job["steps"] * plan["step_seconds"]["middle"]
     return (
         f"{words.plural(job['steps'], 'step')}, {words.count(job['steps'] * plan['tokens_per_step'])} tokens: {words.seconds(wall)}, "
-        f"{amount(energy['chip_hours'])} chip-hours, {watt_hours(energy['kwh'])}."
+        f"{amount(energy['chip_hours'])} chip-hours, {watt_hours(energy['kwh'])}"
     )
 
 
 def setting(plan: Json) -> str:
     """What was planned, in one line."""
     job = plan["job"]
-    policy = "" if job["remat"] == job["remat_policy"] else f" (which is {job['remat_policy']})"
     return (
-        f"{words.plural(plan['devices'], plan['chip'] + ' device')}: {job['words']}{policy}; {job['rows']} rows of {job['tokens']} tokens a step, "
+        f"{words.plural(plan['devices'], plan['chip'] + ' device')}: {chosen(job)}; {job['rows']} rows of {job['tokens']} tokens a step, "
         f"{job['optimizer']}"
     )
+
+
+def chosen(job: Json) -> str:
+    """The mesh and what is chosen beside it, with what a budget of remat comes to."""
+    return job["words"] + ("" if job["remat"] == job["remat_policy"] else f" (which is {job['remat_policy']})")
 
 
 def binding(plan: Json) -> str:
@@ -123,7 +140,7 @@ def binding(plan: Json) -> str:
 def compared(plan: Json) -> list[tuple[str, float, float, float | None]]:
     """`(what, predicted, compiled, error)` where the program was compiled; the error is relative to the compiler's number."""
     compiled = plan.get("compiled")
-    if not compiled:
+    if not compiled or "total_bytes" not in compiled:
         return []
     memory = fullest(plan)
     predicted = {
@@ -131,9 +148,10 @@ def compared(plan: Json) -> list[tuple[str, float, float, float | None]]:
         "temp_bytes": sum(memory["temporaries"].values()),
         "total_bytes": memory["total"],
     }
+    found = {**compiled, "temp_bytes": compiled["total_bytes"] - compiled["argument_bytes"]}
     rows = []
     for key, name in (("argument_bytes", "arguments"), ("temp_bytes", "temporaries"), ("total_bytes", "total")):
-        ours, theirs = predicted[key], compiled[key]
+        ours, theirs = predicted[key], found[key]
         rows.append((name, ours, theirs, ours / theirs - 1 if theirs else None))
     return rows
 
@@ -189,23 +207,22 @@ def refusals(found: Json) -> list[str]:
 
 def served(found: Json) -> str:
     """What is served, on what."""
-    return f"serving: {words.plural(found['devices'], 'device')} a replica, contexts of {found['context']} tokens; at full rates"
+    devices = words.plural(found["devices"], "device")
+    return f"serving: {devices} a replica, contexts of {found['context']} tokens, at full rates; integers are the weights' alone but in W8A8"
 
 
 def served_rows(found: Json, caches: Sequence[str] = ("bfloat16", "int8")) -> list[tuple[str, ...]]:
     """Rows of the table: formats, batch, bytes on a device, time of a token, what binds it, time of a prompt, tokens a second of a chip."""
     return [
         (
-            row["weights"]
-            if row["weights"] == row["arithmetic"] or not row["weights"].startswith("int8")
-            else f"{row['weights']} x {row['arithmetic']}",
+            f"{row['weights']}{' (W8A8)' if row['arithmetic'] == 'int8' else ''}",
             row["cache"],
             str(row["batch"]),
             f"{words.size(row['weight_bytes'] + row['cache_bytes'])}{'' if row['fits'] else ' (no)'}",
             words.brief(row["decode"]["seconds"]),
             row["decode"]["bound"],
             words.brief(row["prefill"]["seconds"]),
-            words.count(row["tokens_per_second"]),
+            amount(row["tokens_per_second"]),
         )
         for row in found["rows"]
         if row["cache"] in caches
@@ -220,3 +237,32 @@ def sized(plan: Json) -> str:
         for law, best in found["compute_optimal"].items()
     )
     return f"the run sees {words.number(found['tokens_per_parameter'])} tokens a parameter; as many FLOPs train from random weights best: {others}"
+
+
+def roomy(plan: Json) -> list[str]:
+    """The largest batch and context that fit, and what the next would take."""
+    found, job = plan["room"], plan["job"]
+    return [
+        _largest(
+            found["rows"],
+            "rows",
+            f"of {job['tokens']} tokens",
+            found["row_step"],
+            found["rows_bytes"],
+            found["more_rows_bytes"],
+        ),
+        _largest(
+            found["tokens"],
+            "tokens a row",
+            f"in {job['rows']} rows",
+            found["token_step"],
+            found["tokens_bytes"],
+            found["more_tokens_bytes"],
+        ),
+    ]
+
+
+def _largest(count: int, what: str, beside: str, step: int, used: float, more: float) -> str:
+    if not count:
+        return f"not even {step:,} {what} {beside} fit: they need {words.size(more)}"
+    return f"room for {count:,} {what} {beside}: {words.size(used)} on the fullest device; {count + step:,} would need {words.size(more)}"

@@ -72,9 +72,9 @@ def _draw(figure: Any, found: list[Point], rates: list[float], memory: float) ->
     axes.set_yscale("log")
     axes.set_xlabel("FLOPs a byte, log scale")
     ridge = rates[-1] / memory
-    low = min([*(p.intensity for p in found), ridge]) / 2.2
+    low = min(*(p.intensity / 2.2 for p in found), ridge / 12)
     high = max([*(p.intensity for p in found), ridge]) * 2.2
-    _limit(axes, low, high, min(p.rate for p in found) / 2.2, rates[-1] * 1.8)
+    _limit(axes, low, high, low * memory, rates[-1] * 2.2)
     for rate in rates:
         axes.plot([rate / memory, high], [rate, rate], color=COLORS["accent"], linewidth=1.4, zorder=2)
     axes.plot([low, ridge], [low * memory, rates[-1]], color=COLORS["accent"], linewidth=1.4, zorder=2)

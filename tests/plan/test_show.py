@@ -50,8 +50,8 @@ def test_every_number_is_told_within_the_width(width, terminal):
     for part in (
         "everything that runs",
         "MFU 52%",
-        "3900 kWh",
-        "7890 chip-hours",
+        "3.90 MWh",
+        "7.89 k chip-hours",
         "PUE 1.10",
         "+9.1%",
     ):  # 12 GiB for 11

@@ -17,7 +17,8 @@ COMPILED = {
     "argument_bytes": 12.01 * GIB,
     "temp_bytes": 17 * GIB,
     "total_bytes": 29.01 * GIB,
-    "topology": "v5p:4x8x8",
+    "where": "v5p:4x8x8",
+    "fits": True,
     "collective_bytes": {"all-gather": {"fsdp": 21.5 * GIB, "tensor": 310 * GIB}},
 }
 
@@ -51,7 +52,7 @@ def page():
 
 def test_it_says_the_verdict_the_cost_and_both_sides_of_the_compiler(page):
     text = told(page)
-    assert "Fits: the fullest device needs 30.5 GiB of 95.0 GiB" in text
+    assert "Fits: so the compiler says; predicted, the fullest device needs 30.5 GiB of 95.0 GiB" in text
     assert "93.6 k to 206 k tokens/s" in text  # 256 x 4096 tokens in 11.2 and in 5.1 seconds
     assert "15,000 steps, 15.7 G tokens" in text
     assert "arguments 12.0 GiB 12.0 GiB −0.1%" in text
