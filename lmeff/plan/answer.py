@@ -4,11 +4,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
+from lmeff.core.specs import count
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.leaves import Leaf, leaf_table
 from lmeff.parallel.schedule_csv import to_csv
 from lmeff.parallel.schedules import resolve
+from lmeff.plan.compressions import Option, budget
 from lmeff.plan.estimate import Estimate, Memory, SiteTime
 from lmeff.plan.hardware import Chip
 from lmeff.plan.job import Job
@@ -143,6 +147,20 @@ def row_json(estimate: Estimate, names: Sequence[str]) -> Json:
         "fits": estimate.fits,
         "notes": list(estimate.notes),
     }
+
+
+def budget_json(job: Job, chip: Chip, *, bytes: int | None, ms: float | None) -> Json:
+    """The gentlest compressions of a stage's model that meet a target, decoded on as few devices as hold it in bfloat16."""
+    devices = replica(job.cfg, chip, job.tokens)
+    dtype = jnp.dtype(job.policy.params).name
+    where = {"devices": devices, "context": job.tokens}
+    found = budget(job.cfg, chip, bytes=bytes, latency_ms=ms, teacher=job.name, dtype=dtype, **where)
+    return {"bytes": bytes, "ms": ms, **where, "options": [_option(option) for option in found]}
+
+
+def _option(option: Option) -> Json:
+    plain = {key: value for key, value in option._asdict().items() if key not in ("stage", "cfg")}
+    return {**plain, "parameters": count(param_specs(option.cfg))}
 
 
 def serving_json(cfg: ModelConfig, chip: Chip, context: int) -> Json:

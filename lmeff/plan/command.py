@@ -15,7 +15,7 @@ from lmeff.config.overrides import resolve
 from lmeff.core.errors import ConfigError, DoesNotFit, UsageError, UserError
 from lmeff.launch import simulate_devices
 from lmeff.parallel.devices import Topology, parse_topology
-from lmeff.plan.answer import estimate_json, join, search_json, serving_json
+from lmeff.plan.answer import budget_json, estimate_json, join, search_json, serving_json
 from lmeff.plan.budget import fit
 from lmeff.plan.estimate import Estimate
 from lmeff.plan.hardware import Chip, chip
@@ -86,8 +86,6 @@ def check(command: Plan) -> None:
     """Refuses options that say nothing or contradict each other."""
     if command.compile and command.no_compile:
         raise UsageError("plan: got --compile and --no-compile, expected one of the two")
-    if command.budget_bytes is not None and command.budget_ms is not None:
-        raise UsageError("plan: got --budget-bytes and --budget-ms, expected one of the two")
     if command.budget_bytes is not None:
         size("--budget-bytes", command.budget_bytes)
     if command.budget_ms is not None and not command.budget_ms > 0:
@@ -155,6 +153,9 @@ def extras(command: Plan, estimate: Estimate, where: Target, console: Console) -
         found["search"] = search_json(search(job, where.chip, topology=where.topology))
     if command.fit:
         found["room"] = fit(job, where.chip)._asdict()
+    if command.budget_bytes is not None or command.budget_ms is not None:
+        most = None if command.budget_bytes is None else size("--budget-bytes", command.budget_bytes)
+        found["budget"] = budget_json(job, where.chip, bytes=most, ms=command.budget_ms)
     if command.serve:
         found["serving"] = serving_json(job.cfg, where.chip, job.tokens)
     if command.compile or (where.name is not None and not command.no_compile):
@@ -176,7 +177,9 @@ def compiled(estimate: Estimate, where: Target) -> Json:
 
 
 def fits(found: Json) -> bool:
-    """A search answers whether anything does."""
+    """A search answers whether any plan does, a budget whether any compression does."""
+    if "budget" in found:
+        return bool(found["budget"]["options"])
     return found["search"]["fit"] > 0 if "search" in found else found["fits"]
 
 

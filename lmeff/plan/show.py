@@ -213,6 +213,22 @@ def _search(plan: Json, console: Console) -> None:
     print_points(console, found["reasons"])
 
 
+def _budget(plan: Json, console: Console) -> None:
+    found = plan.get("budget")
+    if not found:
+        return
+    _head(
+        console,
+        f"compressions that meet {plan_words.target(found)}, the gentlest first; nats are expected, not measured",
+    )
+    heads = ("stage", "stored", "bits", "a token", "nats")
+    table = make_table(console, *heads, text_columns=("stage",))
+    for option in found["options"]:
+        table.add_row(*(make_cell(console, cell) for cell in plan_words.option_row(option)))
+    console.print(table)
+    print_points(console, [f"{option['rank']}: {option['because']}" for option in found["options"]])
+
+
 def _serving(plan: Json, console: Console) -> None:
     found = plan.get("serving")
     if not found:
@@ -226,5 +242,5 @@ def _serving(plan: Json, console: Console) -> None:
 
 
 SECTIONS: tuple[Callable[[Json, Console], None], ...] = (
-    _search, _room, _compiled, _memory, _flops, _collectives, _time, _energy, _serving, _sharding,
+    _budget, _search, _room, _compiled, _memory, _flops, _collectives, _time, _energy, _serving, _sharding,
 )  # fmt: skip

@@ -44,6 +44,7 @@ def render_plan(answer: Json) -> str:
         sized=plan_words.sized(plan),
         pipeline=pipeline(schedule["name"], schedule["table"]),
         search=_search(plan.get("search")),
+        budget=_budget(plan.get("budget")),
         serving=_serving(plan.get("serving")),
         energy=plan_words.energy(plan),
         count=words.count,
@@ -91,6 +92,13 @@ def _search(found: Json | None) -> dict[str, Any] | None:
         "reasons": found["reasons"],
         "refused": plan_words.refusals(found),
     }
+
+
+def _budget(found: Json | None) -> dict[str, Any] | None:
+    if not found:
+        return None
+    rows = [(plan_words.option_row(option), option["because"]) for option in found["options"]]
+    return {"target": plan_words.target(found), "rows": rows}
 
 
 def _serving(found: Json | None) -> dict[str, Any] | None:

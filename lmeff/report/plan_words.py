@@ -66,6 +66,8 @@ def verdict(plan: Json) -> str:
 
 def refusal(plan: Json) -> str:
     """Why a plan that does not fit is refused: the compiler's reason where it gave one."""
+    if plan.get("budget") and not plan["budget"]["options"]:
+        return f"no compression that is known here meets {target(plan['budget'])}"
     if plan.get("search"):
         return plan["search"]["reasons"][-1]
     return (plan.get("compiled") or {}).get("refusal") or verdict(plan)
@@ -266,3 +268,21 @@ def _largest(count: int, what: str, beside: str, step: int, used: float, more: f
     if not count:
         return f"not even {step:,} {what} {beside} fit: they need {words.size(more)}"
     return f"room for {count:,} {what} {beside}: {words.size(used)} on the fullest device; {count + step:,} would need {words.size(more)}"
+
+
+def target(found: Json) -> str:
+    """What compressions were asked to meet."""
+    most = [words.size(found["bytes"])] if found["bytes"] else []
+    return " and ".join(most + ([f"{words.number(found['ms'])} ms a token"] if found["ms"] else []))
+
+
+def option_row(option: Json) -> tuple[str, ...]:
+    """A compression in cells: the config of its stage, stored bytes, bits a parameter of the original, time of a token, expected damage."""
+    cache = "" if option["cache"] == "bfloat16" else f" with keys and values in {option['cache']}"
+    return (
+        f"{option['code']}{cache}",
+        words.size(option["stored_bytes"]),
+        words.number(option["bits"]),
+        f"{words.number(option['decode_ms'])} ms",
+        f"{option['nats']:+.3f}",
+    )
