@@ -1,4 +1,4 @@
-"""Everything about a job on one kind of chip: what counting, memory, traffic, time and energy say of it, in one value. Arithmetic alone; nothing is compiled."""
+"""Everything about a job on one kind of chip: what counting, memory, traffic, time and energy say of it. Arithmetic alone; nothing is compiled."""
 
 from lmeff.core.specs import count
 from lmeff.models.cost import active_parameters

@@ -1,7 +1,7 @@
 """Seconds of a step: for every site the time of its arithmetic and of its bytes, then what the network, the pipeline and the optimizer add.
 
-Three answers. `low`: the longest of computing, memory, network and host at full rates, the others hidden behind it. `high`: one after the other, at the rates of
-`SLOW`. `middle`: the rates of `USUAL`, with these rules:
+Three answers. `low`: the longest of computing, memory, network and host at full rates, the others hidden behind it. `high`: one after the other, at the rates
+of `SLOW`. `middle`: the rates of `USUAL`, with these rules:
 
 - a product reads its operands while it computes: the longer of the two counts (in `low` and `high`, too);
 - weights gathered inside the loop over layers arrive while other layers compute;

@@ -63,8 +63,8 @@ class Refused(NamedTuple):
 class Plans:
     """The plans of a job that can train, one a row.
 
-    columns: the position of the mesh; of each axis its degree; of `zero`, `accumulate` and `chunks` the number; of `sequence`, `pipeline`, `remat` and `precision` the position in
-             the space (of a pipeline -1 where there is none).
+    columns: the position of the mesh; of each axis its degree; of `zero`, `accumulate` and `chunks` the number; of `sequence`, `pipeline`, `remat` and
+             `precision` the position in the space (of a pipeline -1 where there is none).
     looked:  how many plans there were, with those that cannot train. refused: those, by the kind of reason.
     """
 

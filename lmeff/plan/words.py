@@ -285,15 +285,19 @@ def whether_to_pipeline(found: "Search") -> Iterator[str]:
         return
     formula, share = bubble(piped.job)
     if plain is None:
-        yield f"pipeline: no plan without one fits; {setting(piped.job)} takes {brief(piped.time.middle)} a step, of which {formula} = {share:.0%} of the ticks are idle"
+        yield (
+            f"pipeline: no plan without one was found that fits; {setting(piped.job)} takes {brief(piped.time.middle)} a step, {formula} = {share:.0%} of its "
+            "ticks idle"
+        )
         return
     ours, theirs = piped.time, plain.time
     more, saved = ours.middle / theirs.middle - 1, theirs.parts["network"] - ours.parts["network"]
-    network = f"saves {brief(saved)} of the network" if saved > 0 else f"its network takes {brief(-saved)} more"
-    waits = f"its bubble, {formula} = {share:.0%} of the ticks, costs {brief(ours.parts['bubble'])} and it {network}"
-    waits = waits.replace("it its", "its")
-    verdict = "do not pipeline" if more > 0 else "pipeline"
-    yield f"{verdict}: the best plan with one ({setting(piped.job)}) takes {brief(ours.middle)} a step, {abs(more):.0%} {'more' if more > 0 else 'less'} than {brief(theirs.middle)} without; {waits}"
+    network = f"it saves {brief(saved)} of the network" if saved > 0 else f"its network takes {brief(-saved)} more"
+    yield (
+        f"{'do not pipeline' if more > 0 else 'pipeline'}: the best plan with one ({setting(piped.job)}) takes {brief(ours.middle)} a step, "
+        f"{abs(more):.0%} {'more' if more > 0 else 'less'} than {brief(theirs.middle)} without; "
+        f"its bubble, {formula} = {share:.0%} of the ticks, costs {brief(ours.parts['bubble'])} and {network}"
+    )
 
 
 def against_own(found: "Search") -> Iterator[str]:
