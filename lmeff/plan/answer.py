@@ -12,7 +12,7 @@ from lmeff.models.transformer import param_specs
 from lmeff.parallel.leaves import Leaf, leaf_table
 from lmeff.parallel.schedule_csv import to_csv
 from lmeff.parallel.schedules import resolve
-from lmeff.plan.compressions import Option, budget
+from lmeff.plan.budget import Option, budget
 from lmeff.plan.estimate import Estimate, Memory, SiteTime
 from lmeff.plan.hardware import Chip
 from lmeff.plan.job import Job

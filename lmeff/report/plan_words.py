@@ -53,15 +53,14 @@ def fullest(plan: Json) -> Json:
 
 def verdict(plan: Json) -> str:
     """Whether it fits, and how nearly; the compiler's word counts where it was asked."""
-    total, capacity = plan["bytes_per_device"]["total"], plan["capacity"]
-    told = f"the fullest device needs {words.size(total)} of {words.size(capacity)}, {share(total, capacity)}"
-    compiled = plan.get("compiled")
-    if compiled:
-        says = "so the compiler says" if compiled["fits"] else "the compiler refuses it"
-        told = f"{says}; predicted, {told}"
-    if plan["fits"]:
-        return f"Fits: {told}."
-    return f"Does not fit: {told}; {blame(plan)}."
+    total, capacity, compiled = plan["bytes_per_device"]["total"], plan["capacity"], plan.get("compiled")
+    answer = "Fits" if plan["fits"] else "Does not fit"
+    after = "." if plan["fits"] else f"; {blame(plan)}."
+    if not compiled:
+        return f"{answer}: the fullest device needs {words.size(total)} of {words.size(capacity)}, {share(total, capacity)}{after}"
+    own = compiled.get("total_bytes")
+    told = f"{words.size(own)} of {words.size(capacity)}, {share(own, capacity)}" if own else "refused"
+    return f"{answer}, says the compiler: {told}; predicted {words.size(total)}, {share(total, capacity)}{after}"
 
 
 def refusal(plan: Json) -> str:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from lmeff.core.errors import UsageError
+from lmeff.core.errors import DoesNotFit, UsageError
 from lmeff.plan.command import count, size
-from tests.runs import lmeff, lmeff_json
+from tests.runs import lmeff, lmeff_json, write_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICKSTART = CONFIGS / "quickstart.py"
@@ -126,6 +126,80 @@ def test_the_large_configs_fit_their_slices(name, devices, parameters):
     assert answer["flops"]["six_nd"] == pytest.approx(six_nd)
     assert answer["bytes_per_device"]["parameters"] == pytest.approx(4 * parameters / devices, rel=0.01)
     assert 0.2 < answer["utilization"]["mfu_full"] < 0.75
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A small model with two stages and a student."""
+    (tmp_path / "text").mkdir()
+    return write_config(tmp_path, tmp_path / "text")
+
+
+def test_compiled_for_simulated_devices_it_shows_both_numbers(config, monkeypatch):
+    monkeypatch.setattr("lmeff.plan.command.simulate_devices", lambda count: None)  # this process has its eight already
+    options = ("--devices", "8", "--mesh.fsdp", "8", "--stage", "teacher", "--compile")
+    answer = lmeff_json("plan", config, *options)
+    compiled = answer["compiled"]
+    assert {"argument_bytes", "temp_bytes", "total_bytes", "collective_bytes"} <= set(compiled)
+    memory = answer["memory"][0]
+    assert compiled["argument_bytes"] == sum(memory["state"].values())
+    assert compiled["fits"]
+    assert answer["fits"]
+    predicted = answer["collective_bytes"]["all-gather"]["fsdp"]
+    assert compiled["collective_bytes"]["all-gather"]["fsdp"] == pytest.approx(predicted, rel=0.02)
+
+
+def test_what_the_compiler_refuses_is_told_with_its_reason(config, monkeypatch):
+    def refuse(job, where, predicted):
+        raise DoesNotFit("v5e:2x2: the step needs 17.1G of a device's 15.75G")
+
+    monkeypatch.setattr("lmeff.plan.command.verify", refuse)
+    code, out, err = lmeff("plan", config, "--stage", "teacher", "--topology", "v5e:2x2", "--json")
+    answer = json.loads(out)
+    assert code == answer["exit_code"] == 6
+    assert answer["compiled"]["refusal"] == "v5e:2x2: the step needs 17.1G of a device's 15.75G"
+    assert answer["error"] == f"teacher: {answer['compiled']['refusal']}"
+    assert not answer["fits"]
+    assert "Does not fit, says the compiler: refused; predicted" in err
+    code, out, _ = lmeff("plan", config, "--stage", "teacher", "--topology", "v5e:2x2", "--no-compile", "--json")
+    assert code == 0
+    assert "compiled" not in json.loads(out)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.slow
+def test_compiled_for_a_topology(config):
+    answer = lmeff_json("plan", config, "--stage", "teacher", "--topology", "v5e:2x2", "--mesh.fsdp", "4")
+    compiled, memory = answer["compiled"], answer["memory"][0]
+    assert compiled["where"] == "v5e:2x2"
+    assert compiled["fits"]
+    assert compiled["argument_bytes"] == pytest.approx(sum(memory["state"].values()), rel=0.005)
+
+
+def test_search_room_budget_and_serving_are_told_in_all_three_forms(config, tmp_path):
+    page = tmp_path / "plan.html"
+    options = ("--stage", "teacher", "--chip", "v5e", "--devices", "8", "--search", "--fit", "--serve", "--html", page)
+    code, out, err = lmeff("plan", config, *options, "--budget-bytes", "30KiB", "--budget-ms", "1", "--json")
+    assert code == 0, err
+    answer = json.loads(out)
+    best, *_ = answer["search"]["plans"]
+    assert best["fits"]
+    assert best["step_seconds"]["middle"] <= answer["step_seconds"]["middle"]
+    assert answer["room"]["rows"] % answer["room"]["row_step"] == 0
+    assert answer["room"]["rows_bytes"] <= answer["capacity"] < answer["room"]["more_rows_bytes"]
+    assert {row["batch"] for row in answer["serving"]["rows"]} == {1, 32}
+    assert all(option["stored_bytes"] <= 30 * 1024 for option in answer["budget"]["options"])
+    text = page.read_text()
+    for word in ("Search", "Serving", "room for", "Compressions within a budget", best["words"]):
+        assert word in text
+    assert best["words"].split(",")[0] in err
+    assert "Compressions".lower() in err
+
+
+def test_a_budget_that_nothing_meets_has_its_exit_code(config):
+    code, _, err = lmeff("plan", config, "--stage", "teacher", "--chip", "v5e", "--budget-bytes", "1KiB")
+    assert code == 6
+    assert "no compression that is known here meets 1.00 KiB" in err
 
 
 def test_the_page_is_written(tmp_path):

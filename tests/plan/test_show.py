@@ -25,7 +25,8 @@ def shown(plan, width, terminal=False, encoding="utf-8"):
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "file"])
 def test_every_number_is_told_within_the_width(width, terminal):
-    plan = make_plan() | {"compiled": {"argument_bytes": 11 * GIB, "temp_bytes": 20 * GIB, "total_bytes": 31 * GIB}}
+    compiled = {"where": "v5p:4x8x8", "fits": True, "argument_bytes": 11 * GIB, "total_bytes": 31 * GIB}
+    plan = make_plan() | {"compiled": compiled}
     text = shown(plan, width, terminal)
     assert "…" not in text
     if terminal:

@@ -52,7 +52,7 @@ def page():
 
 def test_it_says_the_verdict_the_cost_and_both_sides_of_the_compiler(page):
     text = told(page)
-    assert "Fits: so the compiler says; predicted, the fullest device needs 30.5 GiB of 95.0 GiB" in text
+    assert "Fits, says the compiler: 29.0 GiB of 95.0 GiB, 31%; predicted 30.5 GiB, 32%." in text
     assert "93.6 k to 206 k tokens/s" in text  # 256 x 4096 tokens in 11.2 and in 5.1 seconds
     assert "15,000 steps, 15.7 G tokens" in text
     assert "arguments 12.0 GiB 12.0 GiB −0.1%" in text
@@ -72,11 +72,14 @@ def test_it_is_one_file_that_asks_for_nothing(page):
 
 def test_a_plan_that_does_not_fit_names_what_is_to_blame():
     memory = Memory(stage=0, state={"parameters": GIB}, temporaries={"kept activations": 120 * GIB, "logits": GIB})
-    found = answer(memory=(memory,))
+    found = answer(memory=(memory,)) | {"compiled": {"where": "v5p:4x8x8", "fits": False, "refusal": "too <large>"}}
     assert not found["fits"]
     text = told(render_plan(found))
-    assert "Does not fit: the fullest device needs 122 GiB of 95.0 GiB" in text
-    assert "kept activations take 120 GiB of it" in text
+    assert (
+        "Does not fit, says the compiler: refused; predicted 122 GiB, 128%; kept activations take 120 GiB of it."
+        in text
+    )
+    assert "too <large>" in text
     bars = memory_bars(found)
     assert bars["edge"] == pytest.approx(100 * 95 / 122)
     assert sum(float(piece["width"]) for piece in bars["bars"][0]["pieces"]) == pytest.approx(100, abs=0.01)
