@@ -4,14 +4,17 @@ The same rules as `lmeff.plan.roofline` and `lmeff.parallel.volume`, with all th
 say in which order plans are predicted.
 """
 
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from lmeff.core.specs import count
+from lmeff.core.specs import ParamSpec, count
 from lmeff.core.tree import flatten
 from lmeff.models.transformer import param_specs
+from lmeff.parallel.activations import kept_bytes
 from lmeff.parallel.devices import Topology
 from lmeff.parallel.mesh import AXES, BATCH_AXES
 from lmeff.parallel.workload import again_of
@@ -22,12 +25,6 @@ from lmeff.plan.torus import ways
 from lmeff.plan.work import work
 
 Column = np.ndarray
-KEPT = {
-    "none": 34.0,
-    "dots": 22.0,
-    "names": 10.0,
-    "full": 2.0,
-}  # bytes of a layer a token and a number of its width, about
 
 
 class Sizes(NamedTuple):
@@ -90,16 +87,31 @@ def bytes_of(plans: Plans) -> Column:
     region = _region(c)
     gradients = s.own * np.where(region, s.parameters, 4 / np.where(c["zero"] >= 2, fsdp, 1))
     gathered = np.where(region & (c["zero"] == 3), s.own * s.compute, 0)
-    kept = np.array([KEPT.get(name, 10.0) for name in plans.space.remat])[c["remat"]]
     flying = np.where(c["pipe"] > 1, np.minimum(c["accumulate"], c["pipe"]), 1)
-    inputs = _stashes_inputs(plans)
-    layer = s.tokens * cfg.width * s.compute / c["tensor"]
-    layers = cfg.layers / c["pipe"]
-    kept = layer * layers * np.where(inputs, kept / 2 + flying * c["chunks"] / layers, kept / 2 * flying)
-    return held + gradients + gathered + kept
+    layers, inputs = cfg.layers / c["pipe"], _stashes_inputs(plans)
+    entering = s.tokens * cfg.width * s.compute / c["tensor"] * flying * c["chunks"] * inputs
+    kept = _kept(plans) * s.tokens * layers * np.where(inputs, 1 / c["chunks"], flying)
+    return held + gradients + gathered + entering + kept
 
 
-def _count(specs) -> float:
+def _kept(plans: Plans) -> Column:
+    """Bytes that a layer keeps of a token of its own, by remat policy, exactly."""
+    c = plans.columns
+    kinds = ((c["remat"] * 64 + c["precision"]) * 4096 + c["tensor"]) * 2 + (c["context"] > 1)
+    _, first, inverse = np.unique(kinds, return_index=True, return_inverse=True)
+    found = []
+    for job in (plans.at(int(row)) for row in first):
+        ways, layers = (
+            math.prod(job.degrees[axis] for axis in (*BATCH_AXES, "context")),
+            -(-job.cfg.layers // job.degrees["pipe"]),
+        )
+        rows = job.rows // job.accumulate
+        size = kept_bytes(job.remat, job.cfg, job.layout, rows, job.tokens, job.policy.compute)
+        found.append(size * ways / (layers * rows * job.tokens))
+    return np.array(found)[inverse]
+
+
+def _count(specs: Iterable[ParamSpec]) -> float:
     return float(count({str(i): spec for i, spec in enumerate(specs)}))
 
 
@@ -206,11 +218,9 @@ def _weights(plans: Plans, s: Sizes, links: Links) -> tuple[Column, Column, Colu
 
 def _again(plans: Plans) -> tuple[Column, Column, Column]:
     """By remat policy: gathers and sums over tensor that run again, and whether attention does."""
-    rows = [again_of(name, plans.job.cfg) for name in plans.space.remat]
-    return tuple(
-        np.array(column)[plans.columns["remat"]]
-        for column in zip(*[(r.gathers, r.reductions, r.attention) for r in rows])
-    )
+    found = [again_of(name, plans.job.cfg) for name in plans.space.remat]
+    rows = np.array([(again.gathers, again.reductions, again.attention) for again in found])[plans.columns["remat"]]
+    return rows[:, 0], rows[:, 1], rows[:, 2]
 
 
 def _tensor(plans: Plans, s: Sizes, links: Links) -> Three:

@@ -36,6 +36,7 @@ class Search(NamedTuple):
     best:    the fastest plans that fit, best first; empty where none does.
     plain:   the fastest without a pipeline, piped: with one; None where none fits.
     least:   of the plans that were looked at closely, the one that takes least memory.
+    simple:  the plan with the fewest choices among those within `NEAR` of the best: predictions are no better than that.
     own:     the job's own plan, None where it cannot train.
     looked:  plans that were thought of. legal: those that can train; refused: the others, by reason. close: those that were predicted, fit: of those.
     reasons: in words.
@@ -45,6 +46,7 @@ class Search(NamedTuple):
     plain: Estimate | None
     piped: Estimate | None
     least: Estimate | None
+    simple: Estimate | None
     own: Estimate | None
     looked: int
     legal: int
@@ -170,6 +172,22 @@ def ranked(found: list[Found]) -> list[Found]:
     return sorted((f for f in found if np.isfinite(f.seconds)), key=lambda f: (f.seconds, f.bytes))
 
 
+def simplest(found: list[Found]) -> Found | None:
+    """Of the plans that are about as fast as the best, the one with the fewest choices; of equals what takes least memory."""
+    best = ranked(found)
+    near = [f for f in best if f.seconds <= (1 + NEAR) * best[0].seconds]
+    return min(near, key=lambda f: (_choices(f.job), f.bytes), default=None)
+
+
+def _choices(job: Job) -> int:
+    """Axes that cut anything, and what else is not as simple as can be; a pipeline counts twice."""
+    wide = sum(degree > 1 for degree in job.degrees.values())
+    return wide + (job.accumulate > 1) + 2 * (job.degrees["pipe"] > 1)
+
+
+NEAR = 0.05
+
+
 def _told(
     job: Job, chip: Chip, topology: Topology | None, tried: Plans, groups: list[list[Found]], keep: int
 ) -> Search:
@@ -185,6 +203,7 @@ def _told(
         plain=estimate(plain),
         piped=estimate(piped),
         least=estimate(min(every, key=lambda f: f.bytes, default=None)),
+        simple=estimate(simplest(every)),
         own=None if illegal(job) else predict(job, chip, topology),
         looked=tried.looked,
         legal=len(tried),

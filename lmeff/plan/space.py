@@ -82,8 +82,8 @@ class Plans:
         """The job of a row."""
         value = {name: int(column[row]) for name, column in self.columns.items()}
         degrees = {axis: value[axis] for axis in AXES}
-        choices = (value[name] for name in ("sequence", "pipeline", "accumulate", "precision"))
-        job = _job(self.job, degrees, *choices, self.space)
+        outer = value["sequence"], value["pipeline"], value["accumulate"], value["precision"]
+        job = _job(self.job, degrees, *outer, self.space)
         mesh = dataclasses.replace(job.mesh, zero=value["zero"])
         return job.changed(mesh=mesh, remat=self.space.remat[value["remat"]])
 
@@ -117,7 +117,7 @@ def plans(job: Job, devices: int, space: Space) -> Plans:
                 refused[kind(reason)] = before._replace(count=before.count + len(inner))
     names = ("mesh", *AXES, "sequence", "pipeline", "accumulate", "precision", "chunks", "zero", "remat")
     table = np.array(found, np.int64).reshape(len(found), len(names))
-    columns = dict(zip(names, table.T, strict=True))
+    columns: dict[str, np.ndarray] = dict(zip(names, table.T, strict=True))
     return Plans(job=job, space=space, columns=columns, looked=looked, refused=refused)
 
 

@@ -233,7 +233,7 @@ def choices(found: "Search", chip: Chip, topology: Topology | None = None) -> tu
     told.append(
         f"best: {setting(best.job)}; {brief(best.time.middle)} a step, {size(best.peak.total)} of {size(best.capacity)} on a device"
     )
-    told += [*whether_to_pipeline(found), *against_own(found), *best.notes[2:]]
+    told += [*as_simple(found), *whether_to_pipeline(found), *against_own(found), *best.notes[2:]]
     return tuple(told)
 
 
@@ -274,6 +274,18 @@ RELIEFS: Mapping[str, str] = {
     "average": "Drop optim.ema",
     "teacher": "Export the teacher to packed integers",
 }
+
+
+def as_simple(found: "Search") -> Iterator[str]:
+    """A plan with fewer choices that is about as fast as the best."""
+    simple, best = found.simple, found.best[0]
+    if simple is None or simple.job == best.job:
+        return
+    more = simple.time.middle / best.time.middle - 1
+    yield (
+        f"about as fast and simpler: {setting(simple.job)}; {brief(simple.time.middle)} a step ({more:+.1%}), {size(simple.peak.total)} of "
+        f"{size(simple.capacity)} on a device"
+    )
 
 
 def whether_to_pipeline(found: "Search") -> Iterator[str]:
