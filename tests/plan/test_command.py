@@ -1,6 +1,7 @@
 """`lmeff plan` as a command: the promised keys, exit codes, and one clear line for every wrong option."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,12 @@ def test_the_large_configs_fit_their_slices(name, devices, parameters):
     assert answer["flops"]["six_nd"] == pytest.approx(six_nd)
     assert answer["bytes_per_device"]["parameters"] == pytest.approx(4 * parameters / devices, rel=0.01)
     assert 0.2 < answer["utilization"]["mfu_full"] < 0.75
+    says = re.search(
+        r"The plan says: (\d+) of .*? GiB; about (\d+) thousand tokens/s", (CONFIGS / f"{name}.py").read_text()
+    )
+    assert says is not None
+    assert answer["bytes_per_device"]["total"] / 2**30 == pytest.approx(float(says[1]), rel=0.1)
+    assert answer["tokens_per_second"] / 1000 == pytest.approx(float(says[2]), rel=0.1)
 
 
 @pytest.fixture
