@@ -1,5 +1,6 @@
 """`lmeff plan`: what a config needs before it runs. Predicted by arithmetic in seconds; with a topology also compiled."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from lmeff.config.overrides import resolve
 from lmeff.core.errors import ConfigError, DoesNotFit, UsageError, UserError
 from lmeff.launch import simulate_devices
 from lmeff.parallel.devices import Topology, parse_topology
+from lmeff.parallel.mesh import MeshPlan
 from lmeff.plan.answer import budget_json, estimate_json, join, search_json, serving_json
 from lmeff.plan.budget import fit
 from lmeff.plan.estimate import Estimate
@@ -47,7 +49,7 @@ class Plan:
         compile: also compile without a topology, for simulated CPU devices.
         no_compile: do not compile for the topology.
         search: try every mesh of so many devices, and tell which are best and why.
-        fit: find the largest batch and the least recomputation that fit.
+        fit: find the largest batch and the largest context that fit.
         budget_bytes: search compressions of the model within this size, such as 4GiB.
         budget_ms: search compressions of the model within so many milliseconds a token.
         tokens: of the whole run in place of its steps, such as 15T.
@@ -128,6 +130,7 @@ def plan(command: Plan, overrides: Sequence[str], console: Console) -> Json:
     check(command)
     experiment, _ = resolve(command.config, overrides, prog="lmeff plan")
     where = target(command, experiment)
+    experiment = on_some_mesh(command, experiment, where, console)
     chosen, others = choose(command, experiment, where)
     plans = {job.name: predict(job, where.chip, where.topology) for job in others}
     answers = [estimate_json(estimate) for estimate in plans.values()]
@@ -143,6 +146,21 @@ def plan(command: Plan, overrides: Sequence[str], console: Console) -> Json:
     if not fits(found):
         raise DoesNotFit(f"{chosen.name}: {plan_words.refusal(found)}", answer)
     return answer
+
+
+def on_some_mesh(command: Plan, experiment: Experiment, where: Target, console: Console) -> Experiment:
+    """The experiment; for a search with a mesh of so many devices where its own has another number, since every mesh is tried anyway."""
+    asks = asked(experiment)
+    if not command.search or (where.devices % asks == 0 and (experiment.mesh.data is None or where.devices == asks)):
+        return experiment
+    slices = 1 if where.topology is None else where.topology.slices
+    mesh = MeshPlan(dcn=slices, fsdp=where.devices // slices)
+    console.print(
+        f"the config's mesh has {asks} devices; on {where.devices} the search begins from fsdp {mesh.fsdp}",
+        style="yellow",
+        highlight=False,
+    )
+    return dataclasses.replace(experiment, mesh=mesh)
 
 
 def extras(command: Plan, estimate: Estimate, where: Target, console: Console) -> Json:

@@ -226,7 +226,7 @@ def _budget(plan: Json, console: Console) -> None:
     for option in found["options"]:
         table.add_row(*(make_cell(console, cell) for cell in plan_words.option_row(option)))
     console.print(table)
-    print_points(console, [f"{option['rank']}: {option['because']}" for option in found["options"]])
+    print_points(console, [plan_words.because(option) for option in found["options"]])
 
 
 def _serving(plan: Json, console: Console) -> None:

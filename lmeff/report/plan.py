@@ -104,8 +104,7 @@ def _budget(found: Json | None) -> dict[str, Any] | None:
 def _serving(found: Json | None) -> dict[str, Any] | None:
     if not found:
         return None
-    caches = sorted({row["cache"] for row in found["rows"]})
-    return {"told": plan_words.served(found), "rows": plan_words.served_rows(found, caches)}
+    return {"told": plan_words.served(found), "rows": plan_words.served_rows(found)}
 
 
 def _compared(name: str, ours: float, theirs: float, error: float | None) -> tuple[str, str, str, str]:

@@ -1,5 +1,6 @@
 """A plan in sentences, and what its numbers count: the terminal and the page tell the same from the same JSON (`lmeff plan --json`)."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ FLOPS: dict[str, str] = {
     "effective": "causal, without the products of pruned weights",
     "six_nd": "6 x active parameters x tokens (Kaplan et al. 2020)",
 }
+CACHES = ("bfloat16", "int8")  # the JSON has more
 TOTALS = ("hardware", "model_full", "model_causal", "effective", "six_nd")
 SHOWN = {"model_full": "model, attention full", "model_causal": "model, attention causal", "six_nd": "6 N D"}
 
@@ -32,7 +34,7 @@ def flops(plan: Json) -> list[tuple[str, float, str]]:
     """`(name, FLOPs of a step, what is counted)`: the parts that run, then the sums by convention."""
     parts = {key: n for key, n in plan["flops_per_step"].items() if n and key not in TOTALS}
     sums = {**plan["flops_per_step"], **plan.get("flops", {})}
-    rows = [*parts.items(), *((key, sums[key]) for key in TOTALS if sums.get(key))]
+    rows: list[tuple[str, float]] = [*parts.items(), *((key, sums[key]) for key in TOTALS if sums.get(key))]
     return [(SHOWN.get(key, key), n, FLOPS.get(key, "")) for key, n in rows]
 
 
@@ -212,8 +214,8 @@ def served(found: Json) -> str:
     return f"serving: {devices} a replica, contexts of {found['context']} tokens, at full rates; integers are the weights' alone but in W8A8"
 
 
-def served_rows(found: Json, caches: Sequence[str] = ("bfloat16", "int8")) -> list[tuple[str, ...]]:
-    """Rows of the table: formats, batch, bytes on a device, time of a token, what binds it, time of a prompt, tokens a second of a chip."""
+def served_rows(found: Json) -> list[tuple[str, ...]]:
+    """Rows of the table, for keys and values in the formats of `CACHES`: formats, batch, bytes on a device, time of a token, what binds it, time of a prompt, tokens a second of a chip."""
     return [
         (
             f"{row['weights']}{' (W8A8)' if row['arithmetic'] == 'int8' else ''}",
@@ -226,7 +228,7 @@ def served_rows(found: Json, caches: Sequence[str] = ("bfloat16", "int8")) -> li
             amount(row["tokens_per_second"]),
         )
         for row in found["rows"]
-        if row["cache"] in caches
+        if row["cache"] in CACHES
     ]
 
 
@@ -282,6 +284,11 @@ def option_row(option: Json) -> tuple[str, ...]:
         f"{option['code']}{cache}",
         words.size(option["stored_bytes"]),
         words.number(option["bits"]),
-        f"{words.number(option['decode_ms'])} ms",
+        words.brief(option["decode_ms"] / 1000),
         f"{option['nats']:+.3f}",
     )
+
+
+def because(option: Json) -> str:
+    """What the order of a compression is made of, without the sources, which the page and the JSON have."""
+    return f"{option['rank']}: {re.sub(r' [(][^()]*[)]', '', option['because'])}"
