@@ -79,19 +79,39 @@ def seconds(plans: Plans, chip: Chip, topology: Topology | None = None) -> Colum
 
 
 def bytes_of(plans: Plans) -> Column:
-    """On the fullest device, about."""
-    c, s, cfg = plans.columns, sizes(plans), plans.job.cfg
-    fsdp = c["fsdp"]
-    whole = np.where(c["zero"] == 3, fsdp, 1)
-    held = s.own * (s.parameters / whole + 2 * s.state / np.where(c["zero"] > 0, fsdp, 1))
+    """On the fullest device, about: the larger of what lives in the backward pass and of what the optimizer's update takes."""
+    c, s = plans.columns, sizes(plans)
+    held = s.own / np.where(c["zero"] == 3, c["fsdp"], 1)
+    state = held * s.parameters + 2 * s.state * s.own / np.where(c["zero"] > 0, c["fsdp"], 1)
     region = _region(c)
-    gradients = s.own * np.where(region, s.parameters, 4 / np.where(c["zero"] >= 2, fsdp, 1))
-    gathered = np.where(region & (c["zero"] == 3), s.own * s.compute, 0)
-    flying = np.where(c["pipe"] > 1, np.minimum(c["accumulate"], c["pipe"]), 1)
-    layers, inputs = cfg.layers / c["pipe"], _stashes_inputs(plans)
-    entering = s.tokens * cfg.width * s.compute / c["tensor"] * flying * c["chunks"] * inputs
-    kept = _kept(plans) * s.tokens * layers * np.where(inputs, 1 / c["chunks"], flying)
-    return held + gradients + gathered + entering + kept
+    copies = np.where((c["accumulate"] > 1) & (c["pipe"] == 1), 2, 1)
+    gradients = s.parameters * np.where(region, copies * s.own, held)
+    gathered = np.where(region & (c["zero"] == 3) & (c["fsdp"] > 1), s.own * s.parameters, 0)
+    piped = c["pipe"] > 1
+    kept = _kept(plans) * s.tokens * plans.job.cfg.layers / (c["pipe"] * c["chunks"])
+    backward = gradients + gathered + kept + np.where(piped, _stash(plans, s, kept), 0)
+    update = np.where(region, np.maximum(4 * s.own, held * s.parameters), held * s.parameters) + 4 * held
+    return state + np.maximum(backward, update)
+
+
+def _stash(plans: Plans, s: Sizes, kept: Column) -> Column:
+    """The buffers of a pipeline's executor, as `lmeff.plan.temporaries` has them, with rows from closed forms. kept: bytes of a slice's residuals."""
+    c, cfg = plans.columns, plans.job.cfg
+    heads, ffn = cfg.heads * cfg.head_size / c["tensor"], cfg.ffn / c["tensor"]
+    layers = s.tokens * s.compute * cfg.layers / (c["pipe"] * c["chunks"])
+    inputs = layers * (heads + 2 * cfg.width + ffn)
+    outputs = layers * (heads + 2 * cfg.kv_heads * cfg.head_size / c["tensor"] + 2 * cfg.width + (1 + cfg.gated) * ffn)
+    stream = s.tokens * s.compute * cfg.width / c["tensor"]
+    flying = np.minimum(c["accumulate"] * c["chunks"], c["pipe"] * c["chunks"] + (c["chunks"] > 1) * (c["pipe"] - 1))
+    waiting = np.where(_is(plans, "zb-h1"), flying, 1)
+    first, second = np.where(_stashes_inputs(plans), [stream, inputs + outputs], [stream + kept + inputs, outputs])
+    return 2 * ((flying + 1) * first + (waiting + 1) * second) + 4 * stream
+
+
+def _is(plans: Plans, schedule: str) -> Column:
+    """Where a pipeline has this schedule."""
+    found = np.array([pipeline.schedule == schedule for pipeline in plans.space.pipelines] + [False])
+    return found[plans.columns["pipeline"]]
 
 
 def _kept(plans: Plans) -> Column:
@@ -137,8 +157,7 @@ def _computing(plans: Plans, chip: Chip) -> Column:
     _, first, inverse = np.unique(kinds, return_index=True, return_inverse=True)
     each = np.array([_passes(plans, int(row), chip) for row in first]).reshape(len(first), 3)[inverse]
     whole, longest, ends = each.T
-    name = np.array([pipeline.schedule == "zb-h1" for pipeline in plans.space.pipelines] + [False])
-    ramp = (c["pipe"] - 1) * np.where(name[c["pipeline"]], 1, 3)
+    ramp = (c["pipe"] - 1) * np.where(_is(plans, "zb-h1"), 1, 3)
     slices = c["accumulate"] * c["chunks"]
     layers = -(-job.cfg.layers // (c["pipe"] * c["chunks"])) * c["pipe"] * c["chunks"] / job.cfg.layers
     return np.where(c["pipe"] > 1, (3 * slices + ramp) / slices * longest * layers + ends * c["pipe"], whole)

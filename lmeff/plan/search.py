@@ -5,7 +5,6 @@ answer to whether to pipeline at all.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -139,11 +138,12 @@ def closely(tried: Plans, rows: np.ndarray, cost: Costs, capacity: float, limit:
 
 
 def _in_order(rough: np.ndarray, size: np.ndarray, capacity: float) -> Iterator[int]:
-    """The fastest of what may fit; then what takes least memory, in case that nothing did."""
+    """The fastest of what may fit, and where nothing may, a few that take least. Rough bytes leave out what is small, so that no other plan can fit."""
     likely = np.flatnonzero(size <= capacity * SLACK)
-    rest = np.flatnonzero(size > capacity * SLACK)
-    fastest, smallest = likely[np.argsort(rough[likely], kind="stable")], rest[np.argsort(size[rest], kind="stable")]
-    yield from map(int, itertools.chain(fastest, smallest[:LAST]))
+    if len(likely):
+        yield from map(int, likely[np.argsort(rough[likely], kind="stable")])
+    else:
+        yield from map(int, np.argsort(size, kind="stable")[:LAST])
 
 
 def _family(some: Plans, at: int) -> tuple[Any, int]:
@@ -152,9 +152,9 @@ def _family(some: Plans, at: int) -> tuple[Any, int]:
     return key, int(some.columns["remat"][at])
 
 
-TRUST = 0.9  # a rough time is at most so much above the exact one (tests/plan/test_search.py)
-SLACK = 1.5  # the same of bytes
-LAST = 20
+TRUST = 0.9  # of a rough time: plans whose rough time is within a tenth of the best exact one may be faster (tests/plan/test_search.py)
+SLACK = 1.02  # of the capacity: rough bytes are at most so much above the exact ones
+LAST = 10
 
 
 def exhaustive(tried: Plans, cost: Costs, capacity: float) -> list[Found]:

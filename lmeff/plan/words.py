@@ -240,7 +240,7 @@ def choices(found: "Search", chip: Chip, topology: Topology | None = None) -> tu
 def counted(found: "Search") -> str:
     """How many plans there were."""
     refused = sorted(found.refused.items(), key=lambda item: -item[1].count)[:2]
-    why = "; ".join(f"{reason.count:,} of them because {name}" for name, reason in refused)
+    why = "; ".join(f"{reason.count:,} of them cannot: {name}" for name, reason in refused)
     return (
         f"{found.looked:,} plans: {found.legal:,} can train{f' ({why} ...)' if why else ''}; the {found.close:,} that looked fastest were predicted, "
         f"{found.fit:,} of them fit"
