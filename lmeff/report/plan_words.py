@@ -215,7 +215,10 @@ def served(found: Json) -> str:
 
 
 def served_rows(found: Json) -> list[tuple[str, ...]]:
-    """Rows of the table, for keys and values in the formats of `CACHES`: formats, batch, bytes on a device, time of a token, what binds it, time of a prompt, tokens a second of a chip."""
+    """Rows of the table, for keys and values in the formats of `CACHES`.
+
+    Formats, batch, bytes on a device, time of a token and what binds it, time of a prompt, tokens a second of a chip.
+    """
     return [
         (
             f"{row['weights']}{' (W8A8)' if row['arithmetic'] == 'int8' else ''}",
