@@ -77,6 +77,8 @@ def _compiled_bytes(plan: Json, console: Console) -> None:
         cells = (kind, axes, words.size(ours), words.size(theirs))
         table.add_row(*(make_cell(console, cell) for cell in cells))
     console.print(table)
+    if plan["chip"] != "cpu":
+        console.print(make_cell(console, plan_words.OTHERWISE, "dim"), soft_wrap=not console.is_terminal)
 
 
 def _room(plan: Json, console: Console) -> None:

@@ -36,6 +36,7 @@ def render_plan(answer: Json) -> str:
         room=plan_words.roomy(plan) if plan.get("room") else [],
         compared=[_compared(*row) for row in plan_words.compared(plan)],
         compared_collectives=plan_words.compared_collectives(plan),
+        otherwise=plan_words.OTHERWISE if plan["chip"] != "cpu" else "",
         parts=time_bar(plan),
         seconds={key: words.brief(plan["step_seconds"][key]) for key in ("low", "middle", "high")},
         binding=plan_words.binding(plan),

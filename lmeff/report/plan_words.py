@@ -26,6 +26,8 @@ FLOPS: dict[str, str] = {
     "six_nd": "6 x active parameters x tokens (Kaplan et al. 2020)",
 }
 CACHES = ("bfloat16", "int8")  # the JSON has more
+# Why kinds of collectives differ from the prediction where their sum does not.
+OTHERWISE = "A TPU's compiler may send the same otherwise: a gather or scatter around a product becomes permutes, a scatter a sum of which parts are kept."
 TOTALS = ("hardware", "model_full", "model_causal", "effective", "six_nd")
 SHOWN = {"model_full": "model, attention full", "model_causal": "model, attention causal", "six_nd": "6 N D"}
 
@@ -156,6 +158,9 @@ def compared(plan: Json) -> list[tuple[str, float, float, float | None]]:
     for key, name in (("argument_bytes", "arguments"), ("temp_bytes", "temporaries"), ("total_bytes", "total")):
         ours, theirs = predicted[key], found[key]
         rows.append((name, ours, theirs, ours / theirs - 1 if theirs else None))
+    if compiled.get("peak_bytes") and plan["chip"] != "cpu":  # a CPU's leaves temporaries out
+        peak = compiled["peak_bytes"]
+        rows.append(("live at the peak", memory["total"], peak, memory["total"] / peak - 1))
     return rows
 
 
@@ -166,10 +171,11 @@ def compared_collectives(plan: Json) -> list[tuple[str, str, float, float]]:
         return []
     ours = plan["collective_bytes"]
     keys = [(kind, axes) for table in (ours, theirs) for kind, row in table.items() for axes in row]
-    return [
+    rows = [
         (kind, axes, ours.get(kind, {}).get(axes, 0), theirs.get(kind, {}).get(axes, 0))
         for kind, axes in dict.fromkeys(keys)
     ]
+    return [*rows, ("all", "", sum(row[2] for row in rows), sum(row[3] for row in rows))] if rows else []
 
 
 def energy(plan: Json) -> str:

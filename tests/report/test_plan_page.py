@@ -58,6 +58,7 @@ def test_it_says_the_verdict_the_cost_and_both_sides_of_the_compiler(page):
     assert "arguments 12.0 GiB 12.0 GiB −0.1%" in text
     assert "temporaries 18.5 GiB 17.0 GiB +8.8%" in text
     assert "all-gather tensor 300 GiB 310 GiB" in text
+    assert "all 336 GiB 332 GiB" in text  # 21.5 + 10.7 + 300 + 4.1, and 21.5 + 310
     for leaf in answer()["leaves"]:
         assert leaf["path"] in text
 
