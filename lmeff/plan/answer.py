@@ -110,6 +110,7 @@ def search_json(found: Search) -> Json:
     named: dict[Job, tuple[list[str], Estimate]] = {}
     groups = {
         "": found.best,
+        "about as fast, simpler": (found.simple,),
         "best without a pipeline": (found.plain,),
         "best with a pipeline": (found.piped,),
         "least memory": (found.least,),

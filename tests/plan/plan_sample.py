@@ -4,9 +4,13 @@ from typing import Any
 
 from lmeff.models.config import preset
 from lmeff.parallel.mesh import MeshPlan
-from lmeff.plan.answer import estimate_json
+from lmeff.plan.answer import budget_json, estimate_json, search_json, serving_json
+from lmeff.plan.budget import Fit
+from lmeff.plan.chips import CHIPS
 from lmeff.plan.estimate import Energy, Estimate, Flow, Memory, SiteTime, StepTime, Work
 from lmeff.plan.job import Job, Shape
+from lmeff.plan.search import Search
+from lmeff.plan.space import Refused
 
 GIB = 2**30
 JOB = Job(
@@ -112,3 +116,48 @@ def make_estimate(**changes: Any) -> Estimate:
 def make_plan(**changes: Any) -> dict[str, Any]:
     """The same as JSON."""
     return estimate_json(make_estimate(**changes))
+
+
+def make_full() -> dict[str, Any]:
+    """With everything that options ask for: search and room by hand, budget and serving of the real model."""
+    best = make_estimate(job=JOB.changed(mesh=MeshPlan(fsdp=64, context=4), accumulate=1))
+    found = Search(
+        best=(best,),
+        plain=best,
+        piped=make_estimate(),
+        least=best,
+        own=make_estimate(),
+        looked=279_096,
+        legal=217_256,
+        close=240,
+        fit=191,
+        refused={"heads": Refused(48_320, "model: the mesh cannot cut K = 8 over tensor = 64 evenly")},
+        reasons=("best: fsdp 64 x context 4", "do not pipeline: the best plan with one takes 79% more"),
+        simple=None,
+    )
+    room = Fit(
+        rows=2944,
+        tokens=96_000,
+        row_step=128,
+        token_step=128,
+        rows_bytes=94 * GIB,
+        tokens_bytes=95 * GIB,
+        more_rows_bytes=97 * GIB,
+        more_tokens_bytes=96 * GIB,
+        capacity=95 * GIB,
+    )
+    compiled = {
+        "where": "v5p:4x8x8",
+        "fits": True,
+        "argument_bytes": 11 * GIB,
+        "total_bytes": 31 * GIB,
+        "peak_bytes": 28 * GIB,
+        "collective_bytes": {"all-gather": {"fsdp": 21.5 * GIB}},
+    }
+    return make_plan() | {
+        "search": search_json(found),
+        "room": room._asdict(),
+        "compiled": compiled,
+        "budget": budget_json(JOB, CHIPS["v5p"], bytes=40 * GIB, ms=None),
+        "serving": serving_json(JOB.cfg, CHIPS["v5p"], 4096),
+    }

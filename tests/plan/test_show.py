@@ -9,7 +9,7 @@ from rich.console import Console
 from lmeff.plan.estimate import Memory
 from lmeff.plan.show import overview, show
 from lmeff.report import words
-from tests.plan.plan_sample import FLOWS, GIB, MEMORY, SITES, make_plan
+from tests.plan.plan_sample import FLOWS, GIB, MEMORY, SITES, make_full, make_plan
 
 
 def shown(plan, width, terminal=False, encoding="utf-8"):
@@ -25,8 +25,7 @@ def shown(plan, width, terminal=False, encoding="utf-8"):
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "file"])
 def test_every_number_is_told_within_the_width(width, terminal):
-    compiled = {"where": "v5p:4x8x8", "fits": True, "argument_bytes": 11 * GIB, "total_bytes": 31 * GIB}
-    plan = make_plan() | {"compiled": compiled}
+    plan = make_full()
     text = shown(plan, width, terminal)
     assert "…" not in text
     if terminal:
@@ -46,6 +45,15 @@ def test_every_number_is_told_within_the_width(width, terminal):
     for site in SITES:
         assert has(words.count(site.flops))
         assert has(words.brief(site.memory))
+    for row in plan["search"]["plans"]:
+        assert has(row["words"])
+    assert has("do not pipeline")
+    assert has("room for 2,944 rows of 4096 tokens: 94.0 GiB")
+    for option in plan["budget"]["options"]:
+        assert has(words.size(option["stored_bytes"]))
+        assert has(f"{option['nats']:+.3f}")
+    for row in plan["serving"]["rows"]:
+        assert has(words.brief(row["decode"]["seconds"])) or row["cache"] not in ("bfloat16", "int8")
     for leaf in plan["leaves"]:
         assert has(words.size(leaf["bytes"]))
     for part in (

@@ -10,7 +10,7 @@ from lmeff.plan.answer import join
 from lmeff.plan.estimate import Memory
 from lmeff.report.plan import colors, memory_bars, render_plan, time_bar
 from lmeff.report.roofline import decades, points, roofline_plot, roofs
-from tests.plan.plan_sample import GIB, JOB, MEMORY, SITES, make_plan
+from tests.plan.plan_sample import GIB, JOB, MEMORY, SITES, make_full, make_plan
 from tests.report.browser import WIDTHS, brightness, legible, measure, needs_browser
 
 COMPILED = {
@@ -41,7 +41,7 @@ def told(page):
 
 
 def answer(**changes):
-    plan = make_plan(**changes) | {"compiled": COMPILED}
+    plan = make_full() | make_plan(**changes) | {"compiled": COMPILED}
     return join("llama3-70b", [plan], plan)
 
 
@@ -59,6 +59,8 @@ def test_it_says_the_verdict_the_cost_and_both_sides_of_the_compiler(page):
     assert "temporaries 18.5 GiB 17.0 GiB +8.8%" in text
     assert "all-gather tensor 300 GiB 310 GiB" in text
     assert "all 336 GiB 332 GiB" in text  # 21.5 + 10.7 + 300 + 4.1, and 21.5 + 310
+    for word in ("do not pipeline", "room for 2,944 rows", "Compressions within a budget", "int4/g64", "48,320 cannot"):
+        assert word in text
     for leaf in answer()["leaves"]:
         assert leaf["path"] in text
 
