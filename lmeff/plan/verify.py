@@ -7,6 +7,7 @@ So a program that compiles fits, whatever the sum of these numbers, and one that
 """
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -21,10 +22,11 @@ from lmeff.parallel.devices import topology
 from lmeff.parallel.hlo import Taken, collectives
 from lmeff.parallel.mesh import make_layout
 from lmeff.parallel.workload import branch_counts
+from lmeff.plan.entry import arguments_of
 from lmeff.plan.estimate import Memory
 from lmeff.plan.job import Job
 from lmeff.plan.program import compiled
-from lmeff.plan.state import host_bytes, state_bytes
+from lmeff.plan.state import CATEGORIES, OTHER, category_of, host_bytes, state_bytes
 
 NEEDED = re.compile(
     r"Used ([\d.]+\w) of ([\d.]+\w) hbm|temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)"
@@ -48,9 +50,10 @@ class Verification(NamedTuple):
     """What the compiler says of a job's step, in bytes on one device, and what was predicted.
 
     where:       the topology, or the kind and number of devices.
-    argument:    the state, the batch and what is frozen. output, alias: results, and how much of them lies where an argument lay.
+    argument:    the state, the batch and what is frozen; arguments: the same by category, as `state_bytes` has them.
+    output, alias: results, and how much of them lies where an argument lay.
     temp:        besides; on TPUs with the holes in the block of temporaries counted twice (see the module).
-    peak:        the largest sum of live buffers, None where the backend does not tell it.
+    peak:        the largest sum of live buffers; a CPU's leaves temporaries out. None where the backend does not tell it.
     host:        arguments and temporaries in the host's memory. code: of the program.
     seconds:     of compilation, tracing included.
     collectives: `{kind: {"axis+axis": bytes}}` that a device sends in a step, read off the program. On TPUs XLA turns gathers around a product into permutes.
@@ -59,6 +62,7 @@ class Verification(NamedTuple):
 
     where: str
     argument: int
+    arguments: dict[str, int]
     output: int
     alias: int
     temp: int
@@ -77,9 +81,11 @@ class Verification(NamedTuple):
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """Arguments, temporaries and host memory, and the total on the device."""
+        """Each category of arguments, then arguments, temporaries and their total on the device, and what lies on the host."""
         state, temporaries = (sum(part.values()) for part in (self.predicted.state, self.predicted.temporaries))
+        categories = [name for name in (*CATEGORIES, OTHER) if name in self.predicted.state or name in self.arguments]
         return (
+            *(Row(name, self.predicted.state.get(name, 0), self.arguments.get(name, 0)) for name in categories),
             Row("arguments", state, self.argument),
             Row("temporaries", temporaries, self.total - self.argument),
             Row("total", self.predicted.total, self.total),
@@ -93,6 +99,7 @@ class Verification(NamedTuple):
             "compiled": {
                 "where": self.where,
                 **{f"{name}_bytes": getattr(self, name) for name in numbers},
+                "arguments": self.arguments,
                 "seconds": round(self.seconds, 1),
                 "collective_bytes": self.collectives,
                 "difference": {row.name: round(row.difference, 4) for row in self.rows},
@@ -119,11 +126,12 @@ def verify(job: Job, where: str | Sequence[Any], predicted: Memory | None = None
             raise
         raise DoesNotFit(refusal(str(error), name, predicted)) from error
     seconds = time.perf_counter() - began
-    memory, found = program.memory_analysis(), collectives(program.as_text(), _branches(job, predicted.stage))
-    sent, unknown = _sent(found, layout.mesh.shape)
+    memory, text = program.memory_analysis(), program.as_text()
+    sent, unknown = _sent(collectives(text, _branches(job, predicted.stage)), layout.mesh.shape)
     return Verification(
         where=name,
         argument=memory.argument_size_in_bytes,
+        arguments=_by_category(text),
         output=memory.output_size_in_bytes,
         alias=memory.alias_size_in_bytes,
         temp=memory.temp_size_in_bytes,
@@ -135,6 +143,16 @@ def verify(job: Job, where: str | Sequence[Any], predicted: Memory | None = None
         unknown=unknown,
         predicted=predicted,
     )
+
+
+def _by_category(text: str) -> dict[str, int]:
+    """Bytes of the arguments on the device."""
+    found: dict[str, int] = {}
+    for argument in arguments_of(text):
+        if not argument.host:
+            category = category_of(argument.name, argument.dtype == "pred", math.prod(argument.shape) == 1)
+            found[category] = found.get(category, 0) + argument.bytes
+    return found
 
 
 def _branches(job: Job, stage: int) -> Taken | None:

@@ -53,8 +53,8 @@ def found():
 
 def test_a_step_on_two_devices(found):
     weights = count(param_specs(TINY.cfg))
-    assert found.rows[0].name == "arguments"
-    assert found.rows[0].difference == pytest.approx(0, abs=0.005)
+    assert found.arguments == state_bytes(TINY)
+    assert {row.name: row.difference for row in found.rows}["arguments"] == 0
     assert found.argument == pytest.approx(4 * 2 * weights + 5 * 4 * 2 * 16, rel=0.001)
     assert found.total == found.argument + found.output - found.alias + found.temp
     assert found.alias >= 4 * 2 * weights  # the state is donated
@@ -65,13 +65,19 @@ def test_a_step_on_two_devices(found):
 
 def test_a_prediction_is_laid_beside(found):
     found = found._replace(predicted=Memory(0, {"parameters": 10, "optimizer": 20}, {"gradients": 70}, 5))
-    assert [(row.name, row.predicted) for row in found.rows] == [
-        ("arguments", 30),
-        ("temporaries", 70),
-        ("total", 100),
-        ("host", 5),
-    ]
-    assert found.rows[2].difference == pytest.approx((100 - found.total) / found.total)
+    rows = {row.name: row for row in found.rows}
+    assert {name: row.predicted for name, row in rows.items()} == {
+        "parameters": 10,
+        "optimizer": 20,
+        "batch": 0,
+        "counters": 0,
+        "arguments": 30,
+        "temporaries": 70,
+        "total": 100,
+        "host": 5,
+    }
+    assert rows["total"].difference == pytest.approx((100 - found.total) / found.total)
+    assert found.to_json()["compiled"]["difference"]["total"] == pytest.approx(rows["total"].difference, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +106,7 @@ def test_other_errors_of_the_compiler_are_passed_on(monkeypatch):
 def test_every_stage_that_trains_compiles(job):
     found = verify(job, jax.devices())
     assert sum(state_bytes(job).values()) == pytest.approx(found.argument, rel=0.005)
+    assert found.arguments == pytest.approx(state_bytes(job), rel=0.005)
     assert found.collectives
 
 
@@ -127,6 +134,7 @@ def test_a_step_for_a_topology():
         found = verify(ON_TPU.changed(optim=OptimConfig(offload=True)), "v5e:2x2")
     job = ON_TPU.changed(optim=OptimConfig(offload=True))
     assert found.argument == sum(state_bytes(job).values()), "heads of 64 and all, as stored in tiles"
+    assert found.arguments == state_bytes(job)
     assert found.host >= host_bytes(job) > 0
     assert found.peak is not None
     assert found.collectives
