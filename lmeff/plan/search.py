@@ -159,7 +159,7 @@ def _family(some: Plans, at: int) -> tuple[Any, int]:
     return key, int(some.columns["remat"][at])
 
 
-TRUST = 0.9  # of a rough time: plans whose rough time is within a tenth of the best exact one may be faster (tests/plan/test_search.py)
+TRUST = 0.85  # of a rough time: what it says may be so much above the exact one (tests/plan/test_search.py)
 SLACK = 1.02  # of the capacity: rough bytes are at most so much above the exact ones
 LAST, FEW = 10, 3
 
