@@ -12,7 +12,7 @@ class Site(NamedTuple):
     kind:     "product" (activations times weights), "attention" (scores and values), "lookup", "elementwise".
     equation: of the einsum; "" where there is none.
     layers:   in how many layers it runs.
-    flops:    of the forward pass, dense; attention is counted full (every query with every key).
+    flops:    of the forward pass, dense; attention is counted full (every query with every key), experts with a capacity by slots.
     visible:  share of `flops` that is not masked away: the causal (windowed) part of attention, 1 for others.
     dense:    share of the weight that is not pruned, 1 where nothing is.
     reads:    bytes of operands that a forward pass reads once, {"activation": n, "weight": n}; of the weights of all layers, once a microbatch.
@@ -38,7 +38,8 @@ class Work(NamedTuple):
     sites:      of the student's forward pass.
     teacher:    of the teacher's.
     parts:      everything that runs, adding up to `hardware`: "forward", "backward", "recompute", "attention forward", "attention backward", "teacher",
-                "compression", "optimizer". Attention is counted causal here: kernels skip masked blocks.
+                "compression", "optimizer", and "padding" where a pipeline runs layers that are none. Attention is counted causal here: kernels skip masked
+               blocks.
     model_full: FLOPs of forward and backward without recomputation, attention full (PaLM's convention for MFU).
     model_causal: the same with the causal part of attention alone.
     hardware:   FLOPs that run: with recomputation, teacher, compression and optimizer (HFU).

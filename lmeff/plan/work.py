@@ -50,7 +50,8 @@ def _parts(job: Job, student: tuple[Site, ...], teacher: tuple[Site, ...]) -> di
     """By cause. A pipeline that keeps inputs runs the forward pass of its layers again before their backward pass."""
     degrees = job.degrees
     local = (job.tokens, job.cfg.heads // degrees["tensor"], job.cfg.kv_heads // degrees["tensor"], job.cfg.head_size)
-    rerun = again(job.cfg, job.policy_of_remat, job.tokens, job.policy.compute)
+    remat = job.policy_of_remat
+    rerun = again(job.cfg, remat, job.tokens, job.policy.compute)
     times = degrees["pipe"] > 1 and job.mesh.stash == "input"
     products, layers = _flops(student, lambda site: bool(site.equation)), _flops(student, _is_in_layer)
     attention = _attention(student)
@@ -62,7 +63,7 @@ def _parts(job: Job, student: tuple[Site, ...], teacher: tuple[Site, ...]) -> di
         "attention forward": attention,
         "attention backward": _backward_of_attention(job, local) * attention,
         "teacher": _teacher(job, teacher),
-        "compression": _compression(job, student, rerun=job.policy_of_remat != "none"),
+        "compression": _compression(job, student, teacher, rerun=remat != "none"),
         "optimizer": optimizer_flops(job.student, job.optim, job.precision)
         * copies(job.layout.of_optimizer, job.student),
     }
@@ -111,7 +112,7 @@ def _padding(job: Job, shape: Shape) -> float:
     return layer_table(schedule, shape.cfg.layers).size / shape.cfg.layers - 1
 
 
-def _compression(job: Job, student: tuple[Site, ...], *, rerun: bool) -> float:
+def _compression(job: Job, student: tuple[Site, ...], teacher: tuple[Site, ...], *, rerun: bool) -> float:
     """Weights seen through their transforms, and activations put on their grids.
 
     Weights are seen in the scanned layer, once a microbatch and again where the layer is computed again; in a pipeline once a step, before it.
@@ -120,20 +121,21 @@ def _compression(job: Job, student: tuple[Site, ...], *, rerun: bool) -> float:
     forward, backward = view_flops(job.student, job.precision)
     times = (1, 1) if piped else (job.accumulate * (1 + rerun), job.accumulate)
     weights = (forward * times[0] + backward * times[1]) * copies(job.layout, job.student, seen_paths(job.student))
-    again_in_backward = rerun + (piped and job.mesh.stash == "input")
-    return weights + _activations(job, student, again_in_backward)
+    found = weights + _activations(student, job.student, rerun + (piped and job.mesh.stash == "input"), backward=True)
+    return found if job.teacher is None else found + _activations(teacher, job.teacher, 0, backward=False)
 
 
-def _activations(job: Job, student: tuple[Site, ...], rerun: int) -> float:
-    found = 0.0
-    for site in student:
-        format = job.student.recipe.numerics.at(site.name)
+def _activations(found: tuple[Site, ...], shape: Shape, rerun: int, *, backward: bool) -> float:
+    """Put on their grids once, `rerun` times more in layers, and with gradients or without."""
+    flops = 0.0
+    for site in found:
+        format = shape.recipe.numerics.at(site.name)
         if format is not None:
-            forward, backward = activation_flops(format)
-            times = 0 if site.name == "head" else rerun  # no policy reaches the loss
+            forward, pull = activation_flops(format)
+            times = 1 if site.name == "head" else 1 + rerun  # no policy reaches the loss
             numbers = site.reads["activation"] / jnp.dtype(site.format).itemsize
-            found += numbers * (forward * (1 + times) + backward)
-    return found
+            flops += numbers * (forward * times + pull * backward)
+    return flops
 
 
 CONVENTIONS: dict[str, str] = {
@@ -154,10 +156,10 @@ CONVENTIONS: dict[str, str] = {
         "as many times the forward pass as its kernel has products for the two of the forward pass: 2.5 where one pass makes the scores again, 3.5 on TPUs, "
         "whose kernel makes them once for queries and once for keys."
     ),
-    "teacher": "its forward pass, attention causal; no backward pass.",
+    "teacher": "its forward pass, attention causal; no backward pass. Turning packed weights back into numbers is not counted.",
     "compression": (
         "elementwise FLOPs of weights seen through masks and grids (forward and backward, every microbatch, again where layers are computed again, on every "
-        "device that holds a copy), and of activations put on grids. New masks, made now and then, are not counted."
+        "device that holds a copy), and of activations put on grids, the teacher's too. New masks, made now and then, are not counted."
     ),
     "optimizer": (
         "elementwise FLOPs of the update with clipping and moving average, on every device that holds a copy, and products where the optimizer has some. "

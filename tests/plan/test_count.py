@@ -119,15 +119,14 @@ def compiled_flops(fn, cfg, tokens=32):
     return jax.jit(fn).lower(*shapes).compile().cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize(("times", "backward"), [(1, False), (3, True)], ids=["forward", "forward and backward"])
-def test_equals_the_compilers_count_of_an_unrolled_model(times, backward):
+def test_three_times_the_count_is_the_compilers_for_forward_and_backward_unrolled():
+    """Of the forward pass alone `tests/models/test_cost.py` shows it."""
+
     def run(params, tokens):
-        if not backward:
-            return unrolled(LARGE, params, tokens)
         return jax.grad(lambda p: jnp.square(unrolled(LARGE, p, tokens)).sum())(params)
 
     found = sum(site.flops for site in count_sites(Shape(cfg=LARGE), 2, 32))
-    assert compiled_flops(run, LARGE) == pytest.approx(times * found, rel=0.01)
+    assert compiled_flops(run, LARGE) == pytest.approx(3 * found, rel=0.01)
 
 
 def test_the_compilers_count_of_a_loop_is_wrong():

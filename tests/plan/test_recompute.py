@@ -106,7 +106,7 @@ def test_products_of_an_attention_kernels_backward_pass(platform, tokens, times)
     assert attention_backward(platform, tokens, 8, 2, 128) == times
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "names", "full"])
+@pytest.mark.parametrize("remat", ["dots", "names"])
 def test_the_tpus_attention_is_kept_and_computed_again_as_any_other(remat):
     """A layer's whole gradient with the real kernel, one head and one tile: products three times and again, attention once, 3.5 times and again."""
     cfg = dataclasses.replace(CFG, heads=1, kv_heads=1, head_width=128, layers=1)

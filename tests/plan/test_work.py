@@ -155,12 +155,13 @@ def test_activations_on_grids_cost_as_often_as_they_are_made():
     assert work(job(student=shape)).parts["compression"] == numbers * (forward + backward)
     assert work(job(student=shape, remat="full")).parts["compression"] == numbers * (2 * forward + backward)
     assert 5 < forward < 30
+    taught = job(teacher=shape, distill=Distill(teacher="t"), remat="full")  # it has no backward pass
+    assert work(taught).parts["compression"] == numbers * forward
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "sgd"])
-def test_an_optimizers_flops_are_near_the_compilers(name):
+def test_an_optimizers_flops_are_near_the_compilers():
     """XLA's count has casts and more, and leaves out square roots; both are sums over the same arithmetic."""
-    optim, specs = OptimConfig(name=name, clip_norm=None), param_specs(CFG)
+    optim, specs = OptimConfig(clip_norm=None), param_specs(CFG)
     tx = make_optimizer(optim, 100, policy=job().policy, specs=specs)
     params = abstract(specs)
     state = jax.eval_shape(tx.init, params)
