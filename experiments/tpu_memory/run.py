@@ -7,7 +7,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,11 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from lmeff.core.precision import parse
 from lmeff.models.config import preset
-from lmeff.parallel.devices import topology
-from lmeff.parallel.mesh import MeshPlan, make_layout
-from lmeff.train.loop import compile_step
-from lmeff.train.optim import OptimConfig
-from lmeff.train.runtime import Frozen, plain_runtime
-from lmeff.train.state import abstract_batch, abstract_state
+from lmeff.parallel.devices import parse_topology
+from lmeff.parallel.mesh import MeshPlan
+from lmeff.plan.job import Job, Shape
+from lmeff.plan.verify import verify
 
 BARS = {"v5e:4x4": 6.1, "v5p:4x4x4": 5.2, "v5e:16x16": 5.1}  # GiB of temporaries a chip
 TOKENS = 4096
@@ -35,19 +31,27 @@ GIB = 2**30
 
 def measure(name: str, shape: str) -> dict[str, Any]:
     """Compiles the step for a topology, one row a chip, everything cut over all chips, the block's input alone kept."""
-    devices = topology(name)
-    layout = make_layout(MeshPlan(fsdp=len(devices)), devices)
-    rt = plain_runtime(preset(shape), layout, OptimConfig(), policy=parse(PRECISION), remat="full")
-    state = abstract_state(rt.specs, rt.compression, rt.tx, layout)
-    began = time.perf_counter()
-    memory = compile_step(rt, state, abstract_batch(len(devices), TOKENS, layout), Frozen()).memory_analysis()
+    chips = parse_topology(name).devices
+    found = verify(
+        Job(
+            name=shape,
+            student=Shape(cfg=preset(shape)),
+            precision=PRECISION,
+            mesh=MeshPlan(fsdp=chips),
+            devices=chips,
+            rows=chips,
+            tokens=TOKENS,
+            remat="full",
+        ),
+        name,
+    )
     return {
         "topology": name,
         "shape": shape,
-        "arguments_gib": round(memory.argument_size_in_bytes / GIB, 3),
-        "temporary_gib": round(memory.temp_size_in_bytes / GIB, 3),
-        "peak_gib": round((memory.peak_memory_in_bytes - memory.argument_size_in_bytes) / GIB, 3),
-        "compile_seconds": round(time.perf_counter() - began),
+        "arguments_gib": round(found.argument / GIB, 3),
+        "temporary_gib": round(found.temp / GIB, 3),
+        "peak_gib": round(((found.peak or 0) - found.argument) / GIB, 3),
+        "compile_seconds": round(found.seconds),
         "versions": {p: version(p) for p in ("jax", "libtpu")} | {"python": sys.version.split()[0]},
     }
 

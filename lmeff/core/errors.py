@@ -36,3 +36,9 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or does not fit the config."""
 
     exit_code = 5
+
+
+class DoesNotFit(UserError):
+    """A program that needs more memory than a device has."""
+
+    exit_code = 6

@@ -3,8 +3,9 @@
 The shapes of the whole state are traced once for a model and its optimizer; a mesh then only divides them, so that a search can ask for hundreds.
 """
 
+import dataclasses
 import functools
-from collections.abc import Iterator
+import math
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from lmeff.models.remat import HOST
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import Layout
 from lmeff.plan.job import Job, Shape
-from lmeff.plan.program import Arguments, runtime
+from lmeff.plan.program import runtime
 from lmeff.plan.storage import stored_bytes
 from lmeff.recipe.runtime import abstract_frozen
 from lmeff.train.optim import OptimConfig, make_optimizer
@@ -39,42 +40,45 @@ def state_bytes(job: Job, stage: int = 0) -> dict[str, int]:
     stages = job.degrees["pipe"]
     if not 0 <= stage < stages:
         raise ConfigError(f"state_bytes: got stage {stage}, expected 0 to {stages - 1}: mesh.pipe is {stages}")
-    return dict(_sums(_counted(job))[0])
+    batch, _ = _sums({"batch": abstract_batch(job.rows, job.tokens, job.layout)}, job.platform)
+    kept, _ = _kept(_counted(job))
+    return {category: size for category in CATEGORIES if (size := kept[category] + batch[category])}
 
 
 def host_bytes(job: Job) -> int:
     """Bytes in the host's memory, for each device: the optimizer's arrays where they are offloaded."""
-    return _sums(_counted(job))[1]
+    return _kept(_counted(job))[1]
 
 
 def _counted(job: Job) -> Job:
     """The job without what no byte of its state depends on, so that jobs alike in the rest are counted once."""
-    return job.changed(name="", steps=1, remat="none", accumulate=1)
+    mesh = dataclasses.replace(job.mesh, schedule="1f1b", chunks=None, stash="input")
+    return job.changed(name="", steps=1, rows=1, tokens=1, remat="none", accumulate=1, mesh=mesh)
 
 
 @functools.lru_cache(maxsize=8192)
-def _sums(job: Job) -> tuple[dict[str, int], int]:
-    """(bytes on the device by category, bytes on the host)."""
+def _kept(job: Job) -> tuple[dict[str, int], int]:
+    """(bytes on the device by category, bytes on the host) of all but the batch, on the job's own layout without devices."""
+    layout = job.layout
+    state = abstract_begin(runtime(job, layout), _fresh(job.student, job.optim, job.precision))
+    frozen = abstract_frozen(job.student, job.teacher, layout, job.policy)
+    return _sums({"state": state, "frozen": frozen}, job.platform)
+
+
+def _sums(given: dict[str, Any], platform: str) -> tuple[dict[str, int], int]:
+    """The same of arguments by name, as shapes with shardings."""
     found: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
     host = 0
-    for category, x in _leaves(planned(job)):
-        size = stored_bytes(x.sharding.shard_shape(x.shape), x.dtype, job.platform)
-        if x.sharding.memory_kind == HOST:
-            host += size
-        else:
-            found[category] += size
-    return {category: size for category, size in found.items() if size}, host
-
-
-def planned(job: Job) -> Arguments:
-    """What the step is given, on the job's own layout without devices: as `program.arguments`, but traced once for all meshes."""
-    layout = job.layout
-    made = _fresh(job.student, job.optim, job.precision)
-    return Arguments(
-        abstract_begin(runtime(job, layout), made),
-        abstract_batch(job.rows, job.tokens, layout),
-        abstract_frozen(job.student, job.teacher, layout, job.policy),
-    )
+    for root, tree in given.items():
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            shape = x.sharding.shard_shape(x.shape)
+            size = stored_bytes(shape, x.dtype, platform)
+            if x.sharding.memory_kind == HOST:
+                host += size
+            else:
+                name = root + jax.tree_util.keystr(path)
+                found[category_of(name, x.dtype == bool, math.prod(shape) == 1)] += size
+    return found, host
 
 
 @functools.lru_cache(maxsize=64)
@@ -87,25 +91,12 @@ def _fresh(student: Shape, optim: OptimConfig, precision: str) -> TrainState:
     )
 
 
-def _leaves(given: Arguments) -> Iterator[tuple[str, Any]]:
-    """(category, leaf) of all that a step is given."""
-    state, batch, frozen = given
-    parts = {
-        "parameters": state.trainable.params,
-        "average": state.ema,
-        "reducer": state.reduction,
-        "outer": state.outer,
-        "teacher": frozen.teacher,
-        "ranges": (frozen.ranges, frozen.teacher_ranges),
-        "batch": batch,
-        "counters": state.step,
-    }
-    yield from ((category, x) for category, tree in parts.items() for x in jax.tree.leaves(tree))
-    workers = 0 if state.outer is None else 1  # with a dim of their own
-    for x in jax.tree.leaves(state.opt):
-        yield "optimizer" if x.ndim > workers else "counters", x
-    for x in jax.tree.leaves((state.trainable.compression, state.auxiliary)):
-        yield "masks" if x.dtype == bool else "scales", x
+def category_of(name: str, boolean: bool, single: bool) -> str:
+    """The category of an argument by its path, such as "state.opt[0].count", its dtype, and whether a device has one element of it."""
+    found = next((category for prefix, category in PREFIXES.items() if name.startswith(prefix)), OTHER)
+    if found == "optimizer" and single:
+        return "counters"
+    return "masks" if found == "scales" and boolean else found
 
 
 def cache_bytes(cfg: ModelConfig, rows: int, tokens: int, format: str, layout: Layout) -> int:
@@ -143,6 +134,21 @@ def _cache_arrays(shape: tuple[int, ...], format: str) -> list[tuple[tuple[int, 
     return [(shape, "int4" if found.bits <= 4 else "int8"), (scale, "float32"), *zero]
 
 
+PREFIXES = {
+    "state.trainable.params": "parameters",
+    "state.opt": "optimizer",
+    "state.ema": "average",
+    "state.trainable.compression": "scales",
+    "state.auxiliary": "scales",
+    "state.reduction": "reducer",
+    "state.outer": "outer",
+    "frozen.teacher_ranges": "ranges",
+    "frozen.teacher": "teacher",
+    "frozen.ranges": "ranges",
+    "batch": "batch",
+    "state.step": "counters",
+}
+OTHER = "other"  # what XLA has no name for
 CATEGORIES = (
     "parameters",
     "optimizer",

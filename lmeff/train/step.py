@@ -35,6 +35,8 @@ def begin(rt: Runtime, state: TrainState) -> TrainState:
 
 def abstract_begin(rt: Runtime, state: TrainState) -> TrainState:
     """The state that a run begins with, as shapes with shardings; `state` is what `build_state` makes, as shapes."""
+    if rt.reducer is EXACT and rt.local is None:
+        return placed(state, state_shardings(state, rt.specs, rt.layout, offload=rt.offload))
     make, places = _beginning(rt, state)
     return placed(jax.eval_shape(make, state), places)
 

@@ -1,6 +1,7 @@
 """Bytes of what a step is given, against the arguments of compiled programs."""
 
 import dataclasses
+import doctest
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from lmeff.models.config import ModelConfig, MoE, preset
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.compressed import Reduce
 from lmeff.parallel.mesh import MeshPlan, make_layout, plan_layout
+from lmeff.plan import state, storage
 from lmeff.plan.job import Job, Shape
 from lmeff.plan.program import arguments, compiled, runtime
 from lmeff.plan.state import CATEGORIES, cache_bytes, host_bytes, state_bytes
@@ -193,3 +195,22 @@ def test_a_scale_a_layer():
     assert cache == 2 * CFG.layers * (8 * 100 * CFG.kv_heads * CFG.head_size + 4)
     with pytest.raises(ConfigError, match="quantization format"):
         cache_bytes(CFG, 1, 1, "int9", plan_layout(MeshPlan(), 1))
+
+
+def test_another_mesh_traces_nothing_anew(monkeypatch):
+    llama = job(preset("llama3_70b"), mesh=MeshPlan(fsdp=64), devices=64, rows=64)
+    whole = state_bytes(llama)
+
+    def refuse(*given, **named):
+        raise AssertionError("traced again")
+
+    monkeypatch.setattr("lmeff.plan.state.build_state", refuse)
+    halves = state_bytes(llama.changed(mesh=MeshPlan(fsdp=128), devices=128, rows=128))
+    assert halves["parameters"] * 2 == whole["parameters"]
+
+
+def test_the_numbers_in_the_docstrings():
+    for module in (state, storage):
+        found = doctest.testmod(module)
+        assert found.attempted
+        assert not found.failed

@@ -9,14 +9,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lmeff.core.precision import parse
 from lmeff.models.config import ModelConfig
 from lmeff.parallel.devices import topology
 from lmeff.parallel.mesh import make_layout
+from lmeff.plan import program
+from lmeff.plan.job import Job, Shape
 from lmeff.train.optim import OptimConfig
-from lmeff.train.runtime import Frozen, plain_runtime
-from lmeff.train.state import abstract_batch, abstract_state
-from lmeff.train.step import make_train_step
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'lmeff[tpu]'"
@@ -24,22 +22,28 @@ needs_libtpu = pytest.mark.skipif(
 
 CFG = ModelConfig(vocab=2048, width=256, layers=4, heads=4, kv_heads=4, ffn=1024, tied=False)
 TOKENS = 256
-MIXED = parse("params=float32,compute=bfloat16,output=bfloat16,state=float32")
+MIXED = "params=float32,compute=bfloat16,output=bfloat16,state=float32"
 
 
 @functools.cache
 def compiled(name, plan, rows, remat="full", offload=False):
     """(the state's shapes and shardings, the compiled step) of a plan on a topology."""
     layout = make_layout(plan, topology(name))
-    accumulate = 2 * plan.pipe if plan.pipe > 1 else 1
-    optim = OptimConfig(offload=offload)
-    rt = plain_runtime(CFG, layout, optim, policy=MIXED, remat=remat, accumulate=accumulate)
-    state = abstract_state(rt.specs, rt.compression, rt.tx, layout, offload=offload)
-    out = jax.tree.map(lambda x: x.sharding, state)
-    step = jax.jit(make_train_step(rt), donate_argnums=0, out_shardings=(out, None))
+    job = Job(
+        name="step",
+        student=Shape(cfg=CFG),
+        precision=MIXED,
+        mesh=plan,
+        devices=layout.mesh.size,
+        rows=rows,
+        tokens=TOKENS,
+        accumulate=2 * plan.pipe if plan.pipe > 1 else 1,
+        remat=remat,
+        optim=OptimConfig(offload=offload),
+    )
     # Other tests ask for the highest precision, which a kernel of bfloat16 products cannot have.
     with jax.default_matmul_precision("default"):
-        return state, step.lower(state, abstract_batch(rows, TOKENS, layout), Frozen()).compile()
+        return program.arguments(job, layout).state, program.compiled(job, layout)
 
 
 def shard_bytes(x):
