@@ -65,8 +65,8 @@ class Chip:
         return self.wraps > 0 and side % self.wraps == 0
 
 
-# `usable` of TPUs is what libtpu (jax 0.10.2) names when a program does not fit: "available HBM (15.75G)"; tests/plan/test_hardware.py asks it again. Of GPUs: what
-# JAX fills with XLA_PYTHON_CLIENT_MEM_FRACTION=.95; left alone, it takes 75%.
+# `usable` of TPUs is what libtpu (jax 0.10.2) names when a program does not fit: "available HBM (15.75G)"; tests/plan/test_hardware.py asks it again. Of GPUs:
+# what JAX fills with XLA_PYTHON_CLIENT_MEM_FRACTION=.95; left alone, it takes 75%.
 # JAX multiplies float32 on TPUs in one pass of bfloat16, and on GPUs in TF32, unless `jax_default_matmul_precision` says otherwise: these are the rates of
 # "float32". ICI: the Scaling Book's 45 (v4, v5e) and 90 GB/s a link and direction, a tenth below the nominal 50 and 100 of Google's pages.
 # `power` is the vendor's figure where the comment says so or the chip is a GPU, and otherwise an estimate.
@@ -223,14 +223,14 @@ CHIPS: dict[str, Chip] = {
         power=700,
     ),
     # Verified in https://glennklockwood.com/garden/processors/B200 (HGX at 1000 W, matrix, not sparse): TF32 1100, bf16 2250, fp8 and int8 4500 TFLOP/s,
-    # 8 TB/s, NVLink 900 GB/s each way; 179 GB is what nvidia-smi shows of 192.
+    # 8 TB/s, NVLink 900 GB/s each way; HGX boards sell 180 of 192 GB.
     "b200": Chip(
         name="b200",
         platform="gpu",
         source="https://www.nvidia.com/en-us/data-center/hgx (HGX B200)",
         flops={"float32": 1100e12, "bfloat16": 2250e12, "int8": 4500e12, "fp8": 4500e12},
-        hbm=192e9,
-        usable=int(0.95 * 179e9),
+        hbm=180e9,
+        usable=int(0.95 * 180e9),
         bandwidth=8e12,
         nvlink=900e9,
         domain=8,

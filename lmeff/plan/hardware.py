@@ -47,16 +47,14 @@ def cache_dir() -> Path:
 
 
 def measure_cpu() -> Chip:
-    """What the CPU of this machine does: a product of float32 matrices, the same in bfloat16 and int8, and a copy; takes a second or two."""
+    """What the CPU of this machine does: a product of float32 matrices, the same in bfloat16 and int8, and a loop over 32 MiB; takes a second or two."""
     rates = {
-        "float32": _product_rate(jnp.float32, jnp.float32, 1024),
-        "bfloat16": _product_rate(jnp.bfloat16, jnp.float32, 256),
-        "int8": _product_rate(jnp.int8, jnp.int32, 256),
+        "float32": _product_rate(jnp.float32, jnp.float32),
+        "bfloat16": _product_rate(jnp.bfloat16, jnp.float32),
+        "int8": _product_rate(jnp.int8, jnp.int32),
     }
-    x = jnp.ones((16 * 2**20,), jnp.float32)
-    moved = 2 * x.nbytes
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    bandwidth = moved / _fastest(jax.jit(lambda x: x + 1), x)
+    bandwidth = _bandwidth(8 * 2**20, turns=8)
     return Chip(
         name="cpu",
         platform="cpu",
@@ -74,13 +72,21 @@ def measure_cpu() -> Chip:
     )
 
 
-def _product_rate(dtype: DTypeLike, wide: DTypeLike, n: int) -> float:
+def _product_rate(dtype: DTypeLike, wide: DTypeLike, n: int = 512) -> float:
+    """FLOP/s of a product that fills all cores and takes milliseconds: of many that short, some have the machine for themselves."""
     a = jnp.ones((n, n), dtype)
     product = jax.jit(lambda a: jax.lax.dot(a, a, preferred_element_type=wide))
     return 2 * n**3 / _fastest(product, a)
 
 
-def _fastest(fn: Callable[[jax.Array], jax.Array], x: jax.Array, runs: int = 5) -> float:
+def _bandwidth(numbers: int, turns: int) -> float:
+    """Bytes/s read and written by a loop over an array in place: fresh memory would cost the pages of the system."""
+    loop = jax.jit(lambda x: jax.lax.fori_loop(0, turns, lambda _, x: x * 0.5 + 1.0, x))
+    x = jnp.ones((numbers,), jnp.float32)
+    return 2 * x.nbytes * turns / _fastest(loop, x, runs=3)
+
+
+def _fastest(fn: Callable[[jax.Array], jax.Array], x: jax.Array, runs: int = 20) -> float:
     """Seconds of the fastest of a few calls, after one that compiles: others shared the machine."""
     fn(x).block_until_ready()
     best = float("inf")

@@ -111,8 +111,8 @@ class Switch(NamedTuple):
         return self.hop * math.ceil(math.log2(self.groups)) + SWITCH_HOP * (self.members > 1)
 
     def gather(self, data: float) -> float:
-        """Groups bring what others have over all their members' links, while members exchange."""
-        within = (self.size - 1) / self.size * data / self.inside if self.members > 1 else 0.0
+        """Members bring what other groups have over all their links, while they exchange what each has or has brought."""
+        within = (self.members - 1) / self.members * data / self.inside if self.members > 1 else 0.0
         between = (self.groups - 1) / self.groups * data / (self.members * self.outside) if self.groups > 1 else 0.0
         return max(within, between, self.hops)
 

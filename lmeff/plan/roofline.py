@@ -1,9 +1,9 @@
 """Seconds of a step: for every site the time of its arithmetic and of its bytes, then what the network, the pipeline and the optimizer add.
 
-Three answers. `low`: everything overlaps and runs at full rate; no program is faster. `high`: nothing overlaps, at the rates of `SLOW`. `middle`: the rates of
-`USUAL`, with these rules:
+Three answers. `low`: the longest of computing, memory, network and host at full rates, the others hidden behind it. `high`: one after the other, at the rates
+of `SLOW`. `middle`: the rates of `USUAL`, with these rules:
 
-- a product reads its operands while it computes: the longer of the two counts (also in `high`: that is how a product runs);
+- a product reads its operands while it computes: the longer of the two counts (in `low` and `high`, too);
 - weights gathered inside the loop over layers arrive while other layers compute;
 - gradients reduced inside that loop leave during the backward pass, two thirds of the time;
 - keys that go round a ring arrive while a block of attention computes;
@@ -12,6 +12,7 @@ Three answers. `low`: everything overlaps and runs at full rate; no program is f
 - activations on their way to the host and back overlap with computing, moments of the optimizer do not.
 
 A pipeline's tick lasts as long as its slowest stage (`lmeff.plan.ticks`). The optimizer, and norms and gates between products, only move bytes.
+Operands are taken to come from HBM: a model so small that activations stay on the chip can be faster than `low` where memory binds.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,8 +27,8 @@ from lmeff.parallel.workload import PIPE, TENSOR
 from lmeff.plan.estimate import Flow, Site, SiteTime, StepTime, Work
 from lmeff.plan.hardware import Chip
 from lmeff.plan.job import Job
+from lmeff.plan.slices import ways
 from lmeff.plan.ticks import Passes, schedule_seconds
-from lmeff.plan.torus import ways
 from lmeff.plan.traffic import COPY, HOST, moments, owned
 
 

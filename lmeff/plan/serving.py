@@ -17,7 +17,7 @@ from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import AXES
 from lmeff.plan import limits
 from lmeff.plan.hardware import Chip
-from lmeff.plan.torus import ways
+from lmeff.plan.slices import ways
 
 SCALE_BITS = 32
 

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from lmeff.core.precision import parse as parse_precision
 from lmeff.core.specs import abstract
+from lmeff.models.config import ModelConfig
 from lmeff.models.remat import parse
 from lmeff.models.transformer import param_specs, sites
 from lmeff.parallel.activations import kept_bytes
@@ -22,8 +24,8 @@ from lmeff.plan.estimate import Flow
 from lmeff.plan.hardware import Chip
 from lmeff.plan.job import Job
 from lmeff.plan.links import seconds
-from lmeff.plan.torus import Ways, ways
-from lmeff.train.optim import make_optimizer
+from lmeff.plan.slices import Ways, ways
+from lmeff.train.optim import OptimConfig, make_optimizer
 
 HOST, COPY = "host memory", "copy"
 
@@ -36,7 +38,7 @@ def flows(job: Job, chip: Chip, topology: Topology | None = None) -> tuple[Flow,
     found = ways(job.degrees, chip, topology)
     stages = sorted({0, 1, job.degrees["pipe"] - 1} & set(range(job.degrees["pipe"])))
     sent = max((_sent(job.step(stage), found) for stage in stages), key=lambda flows: sum(f.seconds for f in flows))
-    return (*sent, *_host(job, chip))
+    return (*sent, *host_flows(job, chip))
 
 
 def total(flows: tuple[Flow, ...]) -> float:
@@ -61,8 +63,8 @@ def _flow(term: Term, found: Ways) -> Flow:
     return Flow(term.kind, term.axes, term.loop, way.network, sent, term.times * seconds(term.kind, way, data))
 
 
-def _host(job: Job, chip: Chip) -> Iterator[Flow]:
-    """Out and back again, a step."""
+def host_flows(job: Job, chip: Chip) -> Iterator[Flow]:
+    """What a device sends to its host's memory and takes back in a step."""
     each = chip.pcie / chip.cores
     if parse(job.policy_of_remat, sites(job.cfg)).kind == "offload":
         moved = 2.0 * job.accumulate * _offloaded(job)
@@ -89,14 +91,14 @@ def owned(job: Job, layout: Layout) -> float:
 
 def moments(job: Job) -> float:
     """Bytes of the optimizer's state on a device."""
-    return owned(job, job.layout.of_optimizer) * _bytes_per_parameter(job)
+    return owned(job, job.layout.of_optimizer) * _bytes_per_parameter(job.cfg, job.optim, job.precision)
 
 
 @functools.lru_cache(maxsize=256)
-def _bytes_per_parameter(job: Job) -> float:
+def _bytes_per_parameter(cfg: ModelConfig, optim: OptimConfig, precision: str) -> float:
     """Of the optimizer's state, from its own `init` on shapes."""
-    specs, policy = param_specs(job.cfg), job.policy
+    specs, policy = param_specs(cfg), parse_precision(precision)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, policy.params), abstract(specs))
-    tx = make_optimizer(job.optim, max(job.steps, 1), policy=policy, specs=specs)
+    tx = make_optimizer(optim, 1, policy=policy, specs=specs)
     state = jax.eval_shape(tx.init, (params, {}))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / sum(x.size for x in jax.tree.leaves(params))

@@ -121,9 +121,8 @@ def place(degrees: Mapping[str, int], chip: Chip, topology: Topology) -> dict[st
     An axis of 16 on a 4x4x4 torus has two sides and twice the bandwidth of one.
     """
     lengths = [int(side) for side in topology.shape.split("x")]
-    free = [_Free(n, chip.ici / 2 / chip.cores, chip.closes(n)) for n in lengths]
-    if chip.cores > 1:
-        free.append(_Free(chip.cores, chip.die, False))
+    free = [_Free(chip.cores, chip.die, False)] if chip.cores > 1 else []
+    free += [_Free(n, chip.ici / 2 / chip.cores, chip.closes(n)) for n in lengths]
     found = {}
     for axis in reversed(AXES):
         if degrees[axis] > 1:
