@@ -84,16 +84,14 @@ def _hidden(cfg: ModelConfig) -> str:
 
 
 def _tpu(layout: Layout, cfg: ModelConfig, saved: Saved) -> Live:
-    """Sums over a cut dim are float32 until they are whole, whatever the dtype of compute."""
-    wide = layout.mesh.size > 1
-    f32 = 1 if saved.products else 3
-    sums = (0, f32) if wide else (f32, 0)  # up, gate, gradient of hidden
+    """Weights that are cut over fsdp are multiplied as they arrive, and the sum so far is float32 (collective matmul): the gradient of hidden at the peak."""
+    again = 0 if saved.products else 2
     return {
-        "BtD": (3, 0),  # the block's input, what attention made of it, the gradient of the output
+        "BtD": (4, 0),  # the block's input, sliced and as it is used, what attention made of it, the gradient of the output
         "BTD": (2, 0),  # both norms' outputs
-        "BTHC": (1 if saved.attention else 3, 0),
+        "BTHC": (1 if saved.attention else 3, 0),  # q, attention's output as the kernel left it and masked
         "BTKC": (2, 0),
-        _hidden(cfg): (sums[0] + (2 if saved.hidden else 3), sums[1]),
+        _hidden(cfg): (again + (2 if saved.hidden else 3), 1),  # up, gate; hidden and the gradients of up and gate
     }
 
 

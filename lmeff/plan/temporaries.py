@@ -169,7 +169,12 @@ def _layer_weights(device: Device, part: Part) -> Bytes:
         # A loop over blocks of rows adds up the gradients of experts, all of them, in float32.
         more = part.experts * FLOAT if part.cfg.moe is not None and part.cfg.moe.capacity is None else 0
         return {"gathered weights": device.narrow * part.layer, "block": more}
-    return {"gathered weights": device.narrow * part.layer}
+    if device.region or ZERO_AXIS not in {axis for leaf in part.leaves for axis in leaf.axes}:
+        return {"gathered weights": device.narrow * part.layer}
+    # Matrices are multiplied part by part as they arrive, but for the last of attention, which is gathered. Their gradients go round as
+    # float32 parts, two at a time.
+    parts, own = device.job.degrees[ZERO_AXIS], part.sizes["H"] * part.cfg.head_size * part.cfg.width
+    return {"gathered weights": device.narrow * own + 2 * FLOAT * part.layer / parts}
 
 
 def _compression(device: Device) -> Bytes:
