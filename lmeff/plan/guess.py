@@ -20,8 +20,8 @@ from lmeff.parallel.mesh import AXES, BATCH_AXES
 from lmeff.parallel.workload import again_of
 from lmeff.plan.hardware import Chip
 from lmeff.plan.roofline import USUAL, elementwise, format_of
+from lmeff.plan.slices import ways
 from lmeff.plan.space import Plans, precisions
-from lmeff.plan.torus import ways
 from lmeff.plan.work import work
 
 Column = np.ndarray

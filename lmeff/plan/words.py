@@ -12,7 +12,7 @@ from lmeff.plan.estimate import Estimate, Flow, Memory
 from lmeff.plan.hardware import Chip
 from lmeff.plan.job import Job
 from lmeff.plan.roofline import format_of
-from lmeff.plan.torus import ways
+from lmeff.plan.slices import ways
 from lmeff.report.words import size
 
 if TYPE_CHECKING:

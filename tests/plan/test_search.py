@@ -81,7 +81,7 @@ def test_every_plan_can_train_and_is_looked_at_once():
 
 def test_the_reasons_of_what_cannot_train():
     found = plans(job(rows=4), 8, Space())
-    assert {"model: the mesh cannot cut K", "stage 'pretrain': the model has", "train.batch"} <= set(found.refused)
+    assert {"model: the mesh cannot cut H", "stage 'pretrain': the model has", "train.batch"} <= set(found.refused)
     assert found.refused["train.batch"].count > 0
     assert found.refused["train.batch"].example.startswith(
         "train.batch: got 4 rows, expected a multiple of mesh.fsdp = 8"
@@ -152,16 +152,16 @@ def test_slices_stay_as_they_are():
     ids=["v5e-125m", "h100-1b", "v5p-mixtral"],
 )
 def test_rough_numbers_are_close_to_exact_ones(name, model, devices, rows):
-    """The fastest plans within a tenth, which is what the search trusts; rough bytes are never above what they leave room for."""
+    """Times of plans that may be the best are not above what the search trusts; bytes of any plan are not above what the search leaves room for."""
     on = chip(name)
     tried = plans(job(preset(model), devices=devices, rows=rows, tokens=2048, platform=on.platform), devices, FEW)
     cost = costs(on)
     rough, size = cost.rough_seconds(tried), cost.rough_bytes(tried)
-    fast = np.argsort(rough)[: len(rough) // 4]
-    for row in np.random.default_rng(0).choice(fast, 12, replace=False):
+    fast = np.flatnonzero(rough <= 1.5 * rough.min())
+    for row in np.random.default_rng(0).choice(fast, 10, replace=False):
         of = tried.at(int(row))
-        assert rough[row] * searching.TRUST <= cost.seconds(of) <= 1.5 * rough[row]
-    for row in np.random.default_rng(1).choice(len(rough), 12, replace=False):
+        assert rough[row] * searching.TRUST <= cost.seconds(of)
+    for row in np.random.default_rng(1).choice(len(rough), 10, replace=False):
         assert size[row] <= searching.SLACK * cost.bytes(tried.at(int(row)))
 
 
@@ -286,35 +286,43 @@ def test_stages_of_a_pipeline_are_told_apart():
 
 
 def cases(count):
-    """Random models, chips and batches."""
+    """Random models, chips and batches, on as many devices as have room for the model."""
     rng = np.random.default_rng(17)
+    models = {"125m": (4, 8, 16), "1b": (8, 16), "llama3_8b": (16, 32), "mixtral_8x7b": (32,)}
     for number in range(count):
-        name = str(rng.choice(["v4", "v5e", "v5p", "v6e", "a100", "h100"]))
-        model = str(rng.choice(["125m", "1b", "llama3_8b", "mixtral_8x7b"]))
-        devices = int(rng.choice([8, 16]))
+        model = str(rng.choice(list(models)))
+        name = str(
+            rng.choice(
+                ["v5p", "h200", "b200"] if model == "mixtral_8x7b" else ["v4", "v5e", "v5p", "v6e", "a100", "h100"]
+            )
+        )
+        devices = int(rng.choice(models[model]))
         rows = int(devices * 2 ** rng.integers(0, 3))
         tokens = int(2 ** rng.integers(10, 14))
         yield pytest.param(name, model, devices, rows, tokens, id=f"{number}-{name}-{model}-{devices}-{rows}x{tokens}")
 
 
 def gap(name, model, devices, rows, tokens):
-    """How much slower the search's pick is than the best of all, where any fits."""
+    """How much slower the search's pick is than the best of all; None where none fits."""
     on = chip(name)
     of = job(preset(model), devices=devices, rows=rows, tokens=tokens, platform=on.platform)
     tried, cost = plans(of, devices, FEW), costs(on)
-    best = next((found.seconds for found in ranked(exhaustive(tried, cost, on.usable))), None)
-    picked = [f for group in by_pipeline(tried) for f in closely(tried, group, cost, on.usable, limit=120)]
-    pick = next((found.seconds for found in ranked(picked)), None)
-    assert (best is None) == (pick is None)
-    return 0.0 if best is None or pick is None else pick / best - 1
+    all_of_them = ranked(exhaustive(tried, cost, on.usable))
+    picked = ranked([f for group in by_pipeline(tried) for f in closely(tried, group, cost, on.usable, limit=120)])
+    assert bool(all_of_them) == bool(picked)
+    return picked[0].seconds / all_of_them[0].seconds - 1 if picked else None
 
 
-@pytest.mark.parametrize(("name", "model", "devices", "rows", "tokens"), [next(iter(cases(1)))])
-def test_the_pick_is_the_best_of_all(name, model, devices, rows, tokens):
-    assert gap(name, model, 4, rows, tokens) <= 0.05
+def test_the_pick_is_the_best_of_all():
+    found = gap("v5e", "1b", 4, 16, 2048)
+    assert found is not None
+    assert found <= 0.05
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "model", "devices", "rows", "tokens"), list(cases(30)))
-def test_the_pick_is_within_a_twentieth_of_the_best_of_all(name, model, devices, rows, tokens):
-    assert gap(name, model, devices, rows, tokens) <= 0.05
+def test_the_pick_is_within_a_twentieth_of_the_best_of_all():
+    """Thirty random cases, most of which have plans that fit."""
+    found = {case.id: gap(*case.values) for case in cases(30)}
+    fitting = {name: value for name, value in found.items() if value is not None}
+    assert len(fitting) >= 25, found
+    assert max(fitting.values()) <= 0.05, fitting
