@@ -130,7 +130,8 @@ def _letters_by_size(cfg: ModelConfig, rows: int, tokens: int) -> dict[int, str]
     layout = plan_layout(MeshPlan(), 1)
     sizes = {letter: n for letter, n in local_sizes(cfg, layout, rows, tokens).items() if letter not in "etVL" and n > 1}
     pairs = {sizes[a] * sizes[b]: a + b for a, b in itertools.combinations(sizes, 2)}
-    return {**pairs, **{n: letter for letter, n in reversed(sizes.items())}, 1: ""}
+    blocks = {tokens // 128: ""}  # a dim of the splash kernel's table of blocks, a few bytes for the whole batch
+    return {**blocks, **pairs, **{n: letter for letter, n in reversed(sizes.items())}, 1: ""}
 
 
 def _attend(platform: str, q: Any, k: Any, v: Any, segments: Any, **options: Any) -> Any:

@@ -59,7 +59,7 @@ def computations(text: str) -> dict[str, list[str]]:
             lines = found.setdefault(head.group(2), [])
             if head.group(1):
                 found["ENTRY"] = lines
-        elif line.startswith("}"):
+        elif re.match(r"\}(?!\})", line):  # a kernel's text may end in a line that begins with two
             lines = None
         elif lines is not None:
             lines.append(line)

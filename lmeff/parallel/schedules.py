@@ -1,5 +1,6 @@
 """Pipeline schedules by name: `build("1f1b", stages=4, microbatches=8)`, or from a file: `resolve("table.csv", ...)`."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,7 @@ def resolve(name: str, stages: int, microbatches: int, chunks: int | None = None
     return schedule
 
 
+@functools.lru_cache(maxsize=32)
 def build(name: str, stages: int, microbatches: int, chunks: int | None = None) -> Schedule:
     """The table of a schedule.
 

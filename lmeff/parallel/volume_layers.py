@@ -20,9 +20,10 @@ def embedding(step: Step) -> Iterator[Term]:
         yield Term("all-gather", (ZERO_AXIS,), step.tokens_here * step.degrees[ZERO_AXIS], jnp.int32)
     for member in step.members:
         rows = step.tokens_here * member.cfg.width
-        if exchanges_rows(step):
-            times = (step.plan.zero == 3) + member.trained  # of stage 2 only the gradient
-            yield Term("all-to-all", (ZERO_AXIS,), rows, dtype, times)
+        back = exchanges_rows(step) and member.trained
+        forth = exchanges_rows(step) and step.plan.zero == 3  # of stage 2 only the gradient
+        forth |= not step.region and member.trained and step.stored is not step.leaves
+        yield Term("all-to-all", (ZERO_AXIS,), rows, dtype, forth + back)
         yield Term("reduce-scatter", (TENSOR,), rows, dtype, runs, loop="microbatch")
         yield Term("all-gather", (TENSOR,), rows, dtype, runs * member.trained, loop="microbatch")
 
@@ -31,7 +32,7 @@ def layers(step: Step) -> Iterator[Term]:
     """Tensor parallelism in the blocks: T is gathered on the way into a sublayer and sums are scattered over T on its way out, and the other way round
     in the backward pass, where each product of a sublayer's input (q, k, v; up, gate) has its own sum.
 
-    Routed experts scatter their sum themselves, in the dtype that they compute in, and have one sum of all that enters them.
+    Routed experts scatter their sum themselves and have one sum of all that enters them, both in the dtype that they compute in.
     """
     for member in step.members:
         cfg, dense = member.cfg, member.cfg.moe is None or member.cfg.moe.shared > 0
@@ -40,11 +41,14 @@ def layers(step: Step) -> Iterator[Term]:
         routed = cfg.moe is not None
         inputs = 3 + (1 + cfg.gated) * dense
         gathers = 2 * member.forward + (1 + dense + routed + again.gathers + for_weights) * member.backward
-        sums = (1 + dense) * member.forward + (inputs + routed + again.reductions) * member.backward
+        sums = (1 + dense) * member.forward + (inputs + again.reductions) * member.backward
         yield Term("all-gather", (TENSOR,), unit, step.policy.compute, gathers, loop="layer")
         yield Term("reduce-scatter", (TENSOR,), unit, PARTIAL, sums, placed=True, loop="layer")
         if cfg.moe is not None:
             yield Term("reduce-scatter", (TENSOR,), unit, step.policy.compute, member.forward, loop="layer")
+            yield Term(
+                "reduce-scatter", (TENSOR,), unit, step.policy.compute, member.backward, placed=True, loop="layer"
+            )
             yield from _gates(step, member, cfg.moe.top_k * (step.degrees[EXPERT] if cfg.moe.capacity is None else 1))
 
 

@@ -82,7 +82,7 @@ def meetings(step: Step) -> Iterator[Term]:
     """Workers that train apart: the mean of what each moved, every parameter once in `every` steps, in float32, whatever the fragments. After the last
     step of a run all meet once more, which is not counted."""
     if step.local is not None:
-        for leaf in step.leaves:
+        for leaf in step.stored:
             own = leaf.elements / (step.degrees[ZERO_AXIS] if ZERO_AXIS in leaf.axes else 1)
             yield Term("all-reduce", (step.local.axis,), own, jnp.float32, 1 / step.local.every)
 

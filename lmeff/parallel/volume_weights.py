@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import jax.numpy as jnp
+
 from lmeff.parallel.members import EMBEDDING, Leaf, leaves_of
 from lmeff.parallel.mesh import ZERO_AXIS
 from lmeff.parallel.volume_reduced import reduced
@@ -16,7 +18,7 @@ def weights(step: Step) -> Iterator[Term]:
     teacher has no backward pass.
     """
     for member in step.members:
-        for leaf in member.leaves:
+        for leaf in step.stored if member.trained else member.leaves:
             if ZERO_AXIS not in leaf.axes:
                 continue
             if step.region:
@@ -44,11 +46,13 @@ def _gathers(step: Step, leaf: Leaf) -> int:
 
 
 def updates(step: Step) -> Iterator[Term]:
-    """Stages 1 and 2 of ZeRO: each device updates its part of the parameters, and all parts are gathered."""
+    """Stages 1 and 2 of ZeRO: each device updates its part of the parameters, and all parts are gathered; of workers apart also what they share, the
+    outer parameters and their momentum, whether they meet or not."""
     if step.plan.zero in (1, 2):
         for leaf in leaves_of(step.cfg, step.layout.of_optimizer):
             if ZERO_AXIS in leaf.axes:
                 yield Term("all-gather", (ZERO_AXIS,), leaf.elements, step.policy.params)
+                yield Term("all-gather", (ZERO_AXIS,), leaf.elements, PARTIAL, 2 * (step.local is not None))
 
 
 def gradients(step: Step) -> Iterator[Term]:
@@ -70,15 +74,18 @@ def gradients(step: Step) -> Iterator[Term]:
 
 
 def _placed_gradient(step: Step, leaf: Leaf) -> Iterator[Term]:
-    """Of a leaf in an automatic step, all layers. What is scattered is summed over context together with what is left, else apart (`_of_block`)."""
+    """Of a leaf in an automatic step, all layers. What is scattered is summed over context together with what is left, else apart (`_of_block`).
+
+    XLA for TPUs scatters sums as they are, float32, and makes an all-reduce in the dtype that the sum is rounded to.
+    """
     if leaf.routed:
         yield from _routed_gradient(step, leaf)
     elif scatters(step, leaf):
         left = {axis for axis in step.batch if axis != ZERO_AXIS}
         yield Term("reduce-scatter", (ZERO_AXIS,), leaf.elements, PARTIAL, placed=True)
-        yield Term("all-reduce", order({*left, CONTEXT}), leaf.elements / step.degrees[ZERO_AXIS], PARTIAL)
+        yield Term("all-reduce", order({*left, CONTEXT}), leaf.elements / step.degrees[ZERO_AXIS], step.policy.compute)
     else:
-        yield Term("all-reduce", step.batch, leaf.elements, PARTIAL)
+        yield Term("all-reduce", step.batch, leaf.elements, step.policy.compute)
 
 
 def _routed_gradient(step: Step, leaf: Leaf) -> Iterator[Term]:
@@ -126,13 +133,14 @@ def gathered_rows(step: Step, axes: tuple[str, ...]) -> Iterator[Term]:
     tokens = step.tokens_here * step.layout.size(axes)
     runs = step.accumulate * step.first
     yield Term("all-gather", axes, tokens * step.cfg.width, step.policy.compute, runs, loop="microbatch")
-    yield Term("all-gather", axes, tokens, "int32", runs, loop="microbatch")
+    yield Term("all-gather", axes, tokens, jnp.int32, runs, loop="microbatch")
 
 
 def _head_gradient(step: Step, leaf: Leaf) -> Term:
     """Summed by the loss, of this device's part of the vocabulary."""
     left = order(axis for axis in (*step.batch, CONTEXT) if axis != ZERO_AXIS or not step.turns_head)
-    return Term("all-reduce", left, leaf.elements / (step.degrees[ZERO_AXIS] if step.turns_head else 1), PARTIAL)
+    part = leaf.elements / (step.degrees[ZERO_AXIS] if step.turns_head else 1)
+    return Term("all-reduce", left, part, step.policy.compute)
 
 
 def exchanges_rows(step: Step) -> bool:
@@ -169,7 +177,7 @@ def _of_block(step: Step, leaf: Leaf) -> Iterator[Term]:
             yield Term("all-reduce", (CONTEXT, *over_tensor), size, compute, times, loop="layer")
     elif leaf.is_matmul:
         if step.region or not scatters(step, leaf):
-            yield Term("all-reduce", (CONTEXT,), size, PARTIAL, times, loop="layer")
+            yield Term("all-reduce", (CONTEXT,), size, compute, times, loop="layer")
     elif leaf.spec.letters.endswith("D"):
         yield Term("all-reduce", (CONTEXT, *over_tensor), size, compute, times, loop="layer")
     else:
@@ -187,4 +195,4 @@ def _of_ends(step: Step, leaf: Leaf) -> Iterator[Term]:
             yield from gathered_rows(step, (CONTEXT,))
     if step.student.is_head(leaf):
         runs = step.accumulate * step.last
-        yield Term("all-reduce", (CONTEXT,), leaf.elements, PARTIAL, runs, loop="microbatch")
+        yield Term("all-reduce", (CONTEXT,), leaf.elements, step.policy.compute, runs, loop="microbatch")

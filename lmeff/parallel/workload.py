@@ -202,6 +202,12 @@ class Step:
         return self.student.leaves
 
     @property
+    def stored(self) -> tuple[Leaf, ...]:
+        """Parameters as XLA keeps them through a step: where workers train apart at stages 1 and 2 of ZeRO, cut like the optimizer's state."""
+        cut = self.local is not None and self.plan.zero in (1, 2)
+        return leaves_of(self.cfg, self.layout.of_optimizer) if cut else self.leaves
+
+    @property
     def turns_head(self) -> bool:
         """Whether the loss cuts the vocabulary over fsdp too: the head turns from parts of D to parts of V, and rows are gathered in its place."""
         cut = self.layout.size((ZERO_AXIS, TENSOR))

@@ -20,20 +20,21 @@ from lmeff.parallel.mesh import AXES, BATCH_AXES
 from lmeff.parallel.workload import again_of
 from lmeff.plan.hardware import Chip
 from lmeff.plan.roofline import USUAL, elementwise, format_of
-from lmeff.plan.space import Plans, precisions
 from lmeff.plan.slices import ways
+from lmeff.plan.space import Plans, precisions
 from lmeff.plan.work import work
 
 Column = np.ndarray
 
 
 class Sizes(NamedTuple):
-    """Of a device. own: parameters, whole over fsdp; experts: those of them that are cut over experts; outer: of the embedding and head.
+    """Of a device. own: parameters, whole over fsdp; routed: those of experts among them; outer: of the embedding and head.
 
     tokens: of a microbatch. layers: that it runs forward in a step, all microbatches. parameters, compute, state: bytes of a number.
     """
 
     own: Column
+    routed: Column
     outer: Column
     tokens: Column
     layers: Column
@@ -58,6 +59,7 @@ def sizes(plans: Plans) -> Sizes:
     }
     return Sizes(
         own=(inner + outer) / c["tensor"],
+        routed=experts / (c["expert"] * c["pipe"] * c["tensor"]),
         outer=outer / c["tensor"],
         tokens=rows * job.tokens / c["context"],
         layers=job.cfg.layers / c["pipe"] * c["accumulate"],
@@ -186,7 +188,7 @@ class Links(NamedTuple):
 
 GROUPS = {
     "fsdp": ("fsdp",), "tensor": ("tensor",), "context": ("context",), "expert": ("expert",), "pipe": ("pipe",),
-    "others": ("dcn", "data", "expert"), "rows": BATCH_AXES,
+    "rows": ("dcn", "data", "expert"), "rows and fsdp": BATCH_AXES, "copies": ("dcn", "data"), "copies and fsdp": ("dcn", "data", "fsdp"),
 }  # fmt: skip
 MUCH = 1e9
 
@@ -225,13 +227,18 @@ def _weights(plans: Plans, s: Sizes, links: Links) -> tuple[Column, Column, Colu
     gather = np.where(~region & (zero == 3), 2 * own * s.compute * fsdp, 0)
     scattered = np.where(region, zero == 3, zero >= 2)
     width = np.where(region, s.parameters, 4)
-    others = np.where(scattered, 2 * own / c["fsdp"] * links.gather["others"], 2 * own * links.gather["rows"])
+    parts = np.where(scattered, 1 / c["fsdp"], 1)
+    over = {
+        what: np.where(scattered, links.gather[what], links.gather[f"{what} and fsdp"]) for what in ("rows", "copies")
+    }
+    others = 2 * parts * ((own - s.routed) * over["rows"] + s.routed * over["copies"])
     sums = width * (np.where(scattered, own * fsdp, 0) + others)
     once = np.where((zero < 3), own * s.parameters * fsdp, 0) + np.where(
         region & (zero == 3), own * s.parameters * fsdp, 0
     )
-    inner = 2 * np.where(region | ~scattered, own, own / c["fsdp"]) * 4 * c["accumulate"] * links.gather["context"]
-    head = 2 * s.outer * 4 * np.where(c["fsdp"] > 1, 1 / c["fsdp"], 1) * links.gather["others"]
+    dense = np.where(region | ~scattered, own - s.routed, (own - s.routed) / c["fsdp"])
+    inner = 2 * (4 * dense + np.where(region, s.compute * s.routed, 0)) * c["accumulate"] * links.gather["context"]
+    head = 2 * s.outer * 4 * np.where(c["fsdp"] > 1, 1 / c["fsdp"], 1) * links.gather["rows"]
     return gather, np.where(region, 0, sums) + inner, np.where(region, sums, head) + once
 
 

@@ -50,8 +50,8 @@ def memory(job: Job) -> tuple[Memory, ...]:
 
 
 def fullest(job: Job) -> int:
-    """Bytes on the fullest device."""
-    return max(found.total for found in memory(job))
+    """Bytes on a device of the first stage: all stages run one program and hold as much (`lmeff.plan.state`, `lmeff.plan.temporaries`)."""
+    return sum(state_bytes(job).values()) + sum(temporary_bytes(job).values())
 
 
 def seconds(job: Job, chip: Chip, topology: Topology | None = None) -> StepTime:

@@ -93,7 +93,10 @@ def search(
     devices = devices or (topology.devices if topology else job.devices)
     job = on(job, chip, devices, topology)
     tried = plans(job, devices, space)
-    groups = [closely(tried, rows, costs(chip, topology), chip.usable, limit) for rows in by_pipeline(tried)]
+    cost, groups, best = costs(chip, topology), list[list[Found]](), float("inf")
+    for rows in by_pipeline(tried):
+        groups.append(closely(tried, rows, cost, chip.usable, limit, other=best))
+        best = min([best, *(found.seconds for found in groups[-1])])
     return _told(job, chip, topology, tried, groups, keep)
 
 
@@ -110,18 +113,22 @@ def by_pipeline(tried: Plans) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(~piped), np.flatnonzero(piped)
 
 
-def closely(tried: Plans, rows: np.ndarray, cost: Costs, capacity: float, limit: int) -> list[Found]:
+def closely(
+    tried: Plans, rows: np.ndarray, cost: Costs, capacity: float, limit: int, *, other: float = float("inf")
+) -> list[Found]:
     """The plans of these rows that were predicted: best first by the rough time, until the rough time of all others is beyond the best one found.
 
     A plan that does not fit takes those along that keep more for the backward pass and are otherwise the same.
+    other: the best time of other rows; what cannot be faster than that is predicted until `FEW` plans fit.
     """
     if not len(rows):
         return []
     some = tried.only(rows)
     rough, size = cost.rough_seconds(some), cost.rough_bytes(some)
-    found, full, best = list[Found](), dict[Any, int](), float("inf")
+    found, full, best, fit = list[Found](), dict[Any, int](), float("inf"), 0
     for at in _in_order(rough, size, capacity):
-        if len(found) >= limit or rough[at] * TRUST > best:
+        hopeless = rough[at] * TRUST > (other if fit >= FEW else float("inf"))
+        if len(found) >= limit or rough[at] * TRUST > best or hopeless:
             break
         family, rank = _family(some, at)
         if rank < full.get(family, 0):
@@ -133,7 +140,7 @@ def closely(tried: Plans, rows: np.ndarray, cost: Costs, capacity: float, limit:
         if not fits:
             full[family] = max(full.get(family, 0), rank + 1)
         found.append(Found(job, size_of_job, time))
-        best = min(best, time)
+        best, fit = min(best, time), fit + fits
     return found
 
 
@@ -152,9 +159,9 @@ def _family(some: Plans, at: int) -> tuple[Any, int]:
     return key, int(some.columns["remat"][at])
 
 
-TRUST = 0.9  # of a rough time: plans whose rough time is within a tenth of the best exact one may be faster (tests/plan/test_search.py)
+TRUST = 0.85  # of a rough time: what it says may be so much above the exact one (tests/plan/test_search.py)
 SLACK = 1.02  # of the capacity: rough bytes are at most so much above the exact ones
-LAST = 10
+LAST, FEW = 10, 3
 
 
 def exhaustive(tried: Plans, cost: Costs, capacity: float) -> list[Found]:

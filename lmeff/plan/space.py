@@ -34,7 +34,7 @@ class Space:
 
     zero:      stages of ZeRO, where fsdp cuts anything. Stage 0 is the same as data parallelism.
     pipelines: with a pipeline. GPipe is left out: it has 1F1B's bubble and keeps as many microbatches as there are, never fewer.
-    pipe:      the most stages; 1 does not pipeline.
+    pipe:      the most stages; 1 does not pipeline. rounds: the most microbatches, in times of the stages.
     remat:     policies. sequence: forms of context parallelism. context: the most parts of a sequence.
     precision: policies of precision; none takes the job's own.
     """
@@ -46,6 +46,7 @@ class Space:
         for stash in ("input", "residuals")
     )
     pipe: int = 64
+    rounds: int = 16
     remat: tuple[str, ...] = ("none", "dots", "names", "full")
     sequence: tuple[str, ...] = ("ring", "gather", "ulysses")
     context: int = 64
@@ -104,7 +105,7 @@ def plans(job: Job, devices: int, space: Space) -> Plans:
     for at, degrees in enumerate(meshes(devices, job.mesh.dcn, space, has_experts=job.cfg.moe is not None)):
         zeros = space.zero if degrees["fsdp"] > 1 else space.zero[-1:]
         inner = list(itertools.product(zeros, range(len(space.remat))))
-        counts = microbatches(job.rows, degrees)
+        counts = microbatches(job.rows, degrees, space.rounds)
         for sequence, pipeline, count, precision in _outer(degrees, counts, job, space):
             looked += len(inner)
             tried = _job(job, degrees, sequence, pipeline, count, precision, space)
@@ -147,7 +148,7 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def microbatches(rows: int, degrees: dict[str, int]) -> list[int]:
+def microbatches(rows: int, degrees: dict[str, int], rounds: int) -> list[int]:
     """Numbers of microbatches, each at least twice the one before; of a pipeline at least as many as stages, where there are rows enough.
 
     One where devices cannot take equally many rows: then no number is right.
@@ -157,7 +158,8 @@ def microbatches(rows: int, degrees: dict[str, int]) -> list[int]:
     for count in divisors(rows // ways) if rows % ways == 0 else []:
         if count >= 2 * found[-1]:
             found.append(count)
-    return [count for count in found if count >= min(degrees["pipe"], found[-1])]
+    most = rounds * degrees["pipe"] if degrees["pipe"] > 1 else found[-1]
+    return [count for count in found if min(degrees["pipe"], found[-1]) <= count <= max(most, found[0])]
 
 
 def _sequences(degrees: dict[str, int], space: Space) -> list[int]:

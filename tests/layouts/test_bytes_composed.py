@@ -4,6 +4,7 @@ Those that other tests compile anyway are compared there (`tests/parallel/test_c
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import pytest
 
@@ -16,76 +17,47 @@ from tests.layouts.trial import Mesh, compile_step, make_inputs, make_runtime
 
 INT8, POWER = Reduce(block=32), Reduce(method="powersgd", rank=2)
 PIPE = {"pipe": 2, "accumulate": 4}
+
+
+class Case(NamedTuple):
+    """A trial's mesh and feature, how gradients are compressed, and who trains apart."""
+
+    mesh: Mesh
+    feature: str = "plain"
+    reduce: Reduce | None = None
+    local: Local | None = None
+
+
 CASES = {
-    # mesh, feature, reducer, workers
-    "ring-fsdp2-context4-dots": (Mesh(fsdp=2, context=4, remat="dots"), "plain", None, None),
-    "gather-data2-fsdp2-context2-dots": (
-        Mesh(data=2, fsdp=2, context=2, sequence="gather", remat="dots"),
-        "teacher",
-        None,
-        None,
-    ),
-    "gather-context8-accumulated": (Mesh(context=8, accumulate=2, sequence="gather"), "plain", None, None),
-    "gather-pipe2-context2-tensor2": (
-        Mesh(**PIPE, context=2, tensor=2, sequence="gather", stash="residuals"),
-        "plain",
-        None,
-        None,
-    ),
-    "gather-pipe2-context2-full": (
-        Mesh(**PIPE, data=2, context=2, sequence="gather", remat="full", model="four"),
-        "plain",
-        None,
-        None,
-    ),
-    "ulysses-pipe2-context2-full": (
-        Mesh(**PIPE, data=2, context=2, sequence="ulysses", remat="full", model="four"),
-        "plain",
-        None,
-        None,
-    ),
-    "ring-zero1-context2": (Mesh(fsdp=2, context=2, tensor=2, zero=1), "plain", None, None),
-    "dropless-expert2-fsdp2-tensor2-full": (
-        Mesh(expert=2, fsdp=2, tensor=2, model="experts", remat="full"),
-        "plain",
-        None,
-        None,
-    ),
-    "dropless-data2-fsdp2-expert2": (Mesh(data=2, fsdp=2, expert=2, model="experts"), "plain", None, None),
-    "dropless-zero2-expert2": (Mesh(data=2, fsdp=2, expert=2, zero=2, model="experts"), "plain", None, None),
-    "dropless-context2-accumulated": (
-        Mesh(expert=2, context=2, tensor=2, accumulate=2, model="experts"),
-        "plain",
-        None,
-        None,
-    ),
-    "dropless-pipe2-expert2-tensor2": (Mesh(**PIPE, expert=2, tensor=2, model="experts"), "plain", None, None),
-    "capacity-expert4-tensor2-names": (Mesh(expert=4, tensor=2, model="capacity", remat="names"), "plain", None, None),
-    "capacity-fsdp2-accumulated": (
-        Mesh(expert=2, fsdp=2, tensor=2, accumulate=2, model="capacity"),
-        "plain",
-        None,
-        None,
-    ),
-    "capacity-context2-tensor2": (Mesh(expert=2, context=2, tensor=2, model="capacity"), "plain", None, None),
-    "teacher-fsdp8": (Mesh(fsdp=8), "teacher", None, None),
-    "teacher-tensor8": (Mesh(tensor=8, model="tied"), "teacher", None, None),
-    "teacher-data2-fsdp2-tensor2": (Mesh(data=2, fsdp=2, tensor=2), "teacher", None, None),
-    "teacher-pipe2-tensor2": (Mesh(**PIPE, data=2, tensor=2), "teacher", None, None),
-    "teacher-pipe2-tensor2-residuals": (Mesh(**PIPE, data=2, tensor=2, stash="residuals"), "teacher", None, None),
-    "int8-data8": (Mesh(data=8), "plain", INT8, None),
-    "int8-pipe2-fsdp2": (Mesh(**PIPE, data=2, fsdp=2), "plain", INT8, None),
-    "powersgd-data2-fsdp2-tensor2": (Mesh(data=2, fsdp=2, tensor=2), "plain", POWER, None),
-    "powersgd-fsdp2-expert2": (Mesh(data=2, expert=2, fsdp=2, model="experts"), "plain", POWER, None),
-    "apart-data4-fsdp2": (Mesh(data=4, fsdp=2), "plain", None, Local("data", 4)),
-    "apart-fragments-accumulated": (
-        Mesh(data=2, fsdp=2, tensor=2, accumulate=2),
-        "plain",
-        None,
-        Local("data", 4, 2),
-    ),
-    "apart-data2-fsdp2-tensor2": (Mesh(data=2, fsdp=2, tensor=2), "teacher", None, Local("data", 4)),
-    "apart-int8-data2-fsdp4": (Mesh(dcn=2, data=2, fsdp=2), "plain", INT8, Local("dcn", 4, 2)),
+    "ring-fsdp2-context4-dots": Case(Mesh(fsdp=2, context=4, remat="dots")),
+    "ring-zero1-context2": Case(Mesh(fsdp=2, context=2, tensor=2, zero=1)),
+    "gather-teacher-dots": Case(Mesh(data=2, fsdp=2, context=2, sequence="gather", remat="dots"), "teacher"),
+    "gather-context8-accumulated": Case(Mesh(context=8, accumulate=2, sequence="gather")),
+    "gather-pipe2-residuals": Case(Mesh(**PIPE, context=2, tensor=2, sequence="gather", stash="residuals")),
+    "gather-pipe2-full": Case(Mesh(**PIPE, data=2, context=2, sequence="gather", remat="full", model="four")),
+    "ulysses-pipe2-full": Case(Mesh(**PIPE, data=2, context=2, sequence="ulysses", remat="full", model="four")),
+    "dropless-full": Case(Mesh(expert=2, fsdp=2, tensor=2, model="experts", remat="full")),
+    "dropless-data2-fsdp2": Case(Mesh(data=2, fsdp=2, expert=2, model="experts")),
+    "dropless-zero2": Case(Mesh(data=2, fsdp=2, expert=2, zero=2, model="experts")),
+    "dropless-context2-accumulated": Case(Mesh(expert=2, context=2, tensor=2, accumulate=2, model="experts")),
+    "dropless-pipe2-tensor2": Case(Mesh(**PIPE, expert=2, tensor=2, model="experts")),
+    "capacity-names": Case(Mesh(expert=4, tensor=2, model="capacity", remat="names")),
+    "capacity-fsdp2-accumulated": Case(Mesh(expert=2, fsdp=2, tensor=2, accumulate=2, model="capacity")),
+    "capacity-context2-tensor2": Case(Mesh(expert=2, context=2, tensor=2, model="capacity")),
+    "teacher-fsdp8": Case(Mesh(fsdp=8), "teacher"),
+    "teacher-tensor8": Case(Mesh(tensor=8, model="tied"), "teacher"),
+    "teacher-data2-fsdp2-tensor2": Case(Mesh(data=2, fsdp=2, tensor=2), "teacher"),
+    "teacher-pipe2-tensor2": Case(Mesh(**PIPE, data=2, tensor=2), "teacher"),
+    "teacher-pipe2-residuals": Case(Mesh(**PIPE, data=2, tensor=2, stash="residuals"), "teacher"),
+    "int8-data8": Case(Mesh(data=8), reduce=INT8),
+    "int8-pipe2-fsdp2": Case(Mesh(**PIPE, data=2, fsdp=2), reduce=INT8),
+    "powersgd-data2-fsdp2-tensor2": Case(Mesh(data=2, fsdp=2, tensor=2), reduce=POWER),
+    "powersgd-fsdp2-expert2": Case(Mesh(data=2, expert=2, fsdp=2, model="experts"), reduce=POWER),
+    "apart-data4-fsdp2": Case(Mesh(data=4, fsdp=2), local=Local("data", 4)),
+    "apart-zero1": Case(Mesh(data=2, fsdp=4, zero=1), local=Local("data", 4)),
+    "apart-fragments": Case(Mesh(data=2, fsdp=2, tensor=2, accumulate=2), local=Local("data", 4, 2)),
+    "apart-teacher": Case(Mesh(data=2, fsdp=2, tensor=2), "teacher", local=Local("data", 4)),
+    "apart-int8": Case(Mesh(dcn=2, data=2, fsdp=2), reduce=Reduce(block=64), local=Local("dcn", 4, 2)),
 }
 
 

@@ -33,6 +33,9 @@ HloModule jit_step, is_scheduled=true, num_partitions=8
 }
 
 %outer_body (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %kernel.1 = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"block_q": 256
+}}, metadata={op_name="jit(step)/a kernel whose text has lines of its own"}
   %while.1 = (s32[], f32[4,8]{1,0}) while(%init), condition=%inner_condition, body=%inner_body
   %fusion.1 = f32[8]{0} fusion(%p), kind=kLoop, calls=%called
 }

@@ -45,7 +45,7 @@ def test_zero_3_moves_weights_twice_and_gradients_once():
         {
             ("all-gather", ("fsdp",)): part * (2 * 2 * (WEIGHTS - 2 * outer) + rows * (4 * cfg.width + 12)),
             ("reduce-scatter", ("fsdp",)): part * 4 * (WEIGHTS - 2 * outer - vectors + rows * cfg.width),
-            ("all-reduce", ("fsdp",)): 2 * part * 4 * (vectors + 5 * rows),
+            ("all-reduce", ("fsdp",)): 2 * part * (2 * vectors + 4 * 5 * rows),
             ("all-to-all", ("fsdp",)): part * 2 * 2 * (tokens * cfg.width + outer / n),
         }
     )
