@@ -25,7 +25,7 @@ from lmeff.plan.job import Job, jobs
 from lmeff.plan.predict import predict
 from lmeff.plan.search import search
 from lmeff.plan.show import overview, show
-from lmeff.plan.verify import verify
+from lmeff.plan.verify import ACTIVATIONS, REMEDIES, verify
 from lmeff.report import plan_words, words
 from lmeff.report.plan import write_plan
 
@@ -144,7 +144,8 @@ def plan(command: Plan, overrides: Sequence[str], console: Console) -> Json:
         _write(answer, command.html)
         console.print(f"page: {command.html}", highlight=False, soft_wrap=True)
     if not fits(found):
-        raise DoesNotFit(f"{chosen.name}: {plan_words.refusal(found)}", answer)
+        reason = plan_words.refusal(found, REMEDIES, ACTIVATIONS)
+        raise DoesNotFit(f"stage '{chosen.name}': {reason}", answer)
     return answer
 
 

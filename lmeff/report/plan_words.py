@@ -67,13 +67,25 @@ def verdict(plan: Json) -> str:
     return f"{answer}, says the compiler: {told}; predicted {words.size(total)}, {share(total, capacity)}{after}"
 
 
-def refusal(plan: Json) -> str:
-    """Why a plan that does not fit is refused: the compiler's reason where it gave one."""
+def refusal(plan: Json, remedies: Mapping[str, str], otherwise: str) -> str:
+    """Why what was asked for does not fit, in one paragraph; the compiler's reason where it gave one.
+
+    remedies: by the category that takes most; `otherwise` for the others.
+    """
     if plan.get("budget") and not plan["budget"]["options"]:
         return f"no compression that is known here meets {target(plan['budget'])}"
     if plan.get("search"):
         return plan["search"]["reasons"][-1]
-    return (plan.get("compiled") or {}).get("refusal") or verdict(plan)
+    if reason := (plan.get("compiled") or {}).get("refusal"):
+        return reason
+    total, capacity = plan["bytes_per_device"]["total"], plan["capacity"]
+    remedy = remedies.get(largest(plan)[0], otherwise)
+    return f"the step needs {words.size(total)} of a device's {words.size(capacity)}, expected it to fit; {blame(plan)}. {remedy}"
+
+
+def largest(plan: Json) -> tuple[str, int]:
+    """The category that takes most on the fullest device, and its bytes."""
+    return max(categories(fullest(plan)).items(), key=lambda item: item[1])
 
 
 def share(part: float, whole: float) -> str:
@@ -85,7 +97,7 @@ def share(part: float, whole: float) -> str:
 
 def blame(plan: Json) -> str:
     """The category that takes most, in words."""
-    name, n = max(categories(fullest(plan)).items(), key=lambda item: item[1])
+    name, n = largest(plan)
     return f"{name} take{'' if name.endswith('s') else 's'} {words.size(n)} of it"
 
 

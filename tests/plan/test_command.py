@@ -112,6 +112,7 @@ def test_what_does_not_fit_has_its_exit_code_and_its_numbers():
     assert answer["bytes_per_device"]["total"] > answer["capacity"]
     category = max((k for k in answer["bytes_per_device"] if k != "total"), key=answer["bytes_per_device"].get)
     assert f"{category} take" in answer["error"]
+    assert "train.remat" in answer["error"]  # the remedy
     assert "Does not fit" in err
 
 
@@ -165,7 +166,7 @@ def test_what_the_compiler_refuses_is_told_with_its_reason(config, monkeypatch):
     answer = json.loads(out)
     assert code == answer["exit_code"] == 6
     assert answer["compiled"]["refusal"] == "v5e:2x2: the step needs 17.1G of a device's 15.75G"
-    assert answer["error"] == f"teacher: {answer['compiled']['refusal']}"
+    assert answer["error"] == f"stage 'teacher': {answer['compiled']['refusal']}"
     assert not answer["fits"]
     assert "Does not fit, says the compiler: refused; predicted" in err
     code, out, _ = lmeff("plan", config, "--stage", "teacher", "--topology", "v5e:2x2", "--no-compile", "--json")
