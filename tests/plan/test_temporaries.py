@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from lmeff.core.precision import Policy
-from lmeff.models.config import ModelConfig, preset
+from lmeff.models.config import preset
 from lmeff.parallel.activations import kept_bytes
-from lmeff.parallel.devices import topology
 from lmeff.parallel.mesh import MeshPlan, make_layout
 from lmeff.parallel.region import Kept
 from lmeff.plan.job import Job, Shape
@@ -18,9 +17,8 @@ from lmeff.train.optim import OptimConfig
 from lmeff.train.runtime import Frozen, plain_runtime
 from lmeff.train.state import abstract_batch, abstract_state
 from lmeff.train.step import gradients
-from tests.plan.cases import CFG, CPU, EXPERTS, HELD_OUT, MIXED, TPU, cpu, sized
+from tests.plan.cases import CFG, CPU, EXPERTS, HELD_OUT, MIXED, cpu, sized
 from tests.plan.programs import memory
-from tests.tpu.programs import needs_libtpu
 
 
 def total(job):
