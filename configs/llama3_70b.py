@@ -3,7 +3,7 @@
 lmeff plan configs/llama3_70b.py --topology v5p:8x8x8                       # on a laptop, without any TPU
 lmeff run configs/llama3_70b.py --distributed --runs gs://BUCKET/runs       # on every host of the slice
 
-The plan says: 35 of a chip's 95.7 GiB; about 283 thousand tokens/s (150 to 416), MFU 54% with causal attention; 57 days, 702,000 chip-hours, 207 MWh.
+The plan says: 30 of a chip's 95.7 GiB; about 284 thousand tokens/s (151 to 416), MFU 54% with causal attention; 57 days, 702,000 chip-hours, 207 MWh.
 Nothing of this has been measured on a TPU.
 
 Yours to provide: text. `corpus/` is a folder of JSON lines with a field "text", on a file system that every host sees; `--data.path` names another. The
