@@ -1,43 +1,40 @@
-"""The command line: `lmeff run | train | eval | report | config show | schedule | doctor`.
+"""The command line: `lmeff run | train | eval | plan | report | config show | schedule | doctor`.
 
-Logs go to stderr under `--json`, which leaves one JSON object on stdout. Exit codes: 0 ok, 2 usage, 3 config, 4 data, 5 checkpoint, 1 anything else.
+Logs go to stderr under `--json`, which leaves one JSON object on stdout.
+Exit codes: 0 ok, 2 usage, 3 config, 4 data, 5 checkpoint, 6 does not fit, 1 anything else.
 """
 
 import json
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
-from lmeff import __version__, doctor
-from lmeff.config import Experiment
-from lmeff.config.files import load_experiment, origins, read, to_json
-from lmeff.config.overrides import override
-from lmeff.config.schema import flat_values
+from lmeff import __version__
+from lmeff.commands import (
+    Doctor,
+    MakeReport,
+    ShowConfig,
+    ShowSchedule,
+    examine,
+    make_report,
+    show_config,
+    show_schedule,
+)
+from lmeff.config.files import load_experiment, read
+from lmeff.config.overrides import override, resolve
 from lmeff.config.validate import validate
-from lmeff.core.errors import UsageError, UserError
-from lmeff.core.files import write_text
-from lmeff.core.precision import parse
-from lmeff.launch import Machine, launch, simulate_devices, this_command
-from lmeff.models.config import ModelConfig
+from lmeff.core.errors import DoesNotFit, UsageError, UserError
+from lmeff.launch import Machine, launch, this_command
 from lmeff.parallel import processes
-from lmeff.parallel.drawing import print_schedule
-from lmeff.parallel.leaves import print_stages
-from lmeff.parallel.mesh import make_layout
-from lmeff.parallel.schedule_csv import from_csv, to_csv
-from lmeff.parallel.schedules import build, is_file
-from lmeff.parallel.simulate import simulate
+from lmeff.plan.command import Plan, plan
 from lmeff.recipe.evaluate import evaluate
 from lmeff.recipe.run import run
-from lmeff.report.html import write_html
-from lmeff.report.pipeline import schedule_file
-from lmeff.report.schema import Report
-from lmeff.report.tables import print_artifacts, print_comparisons
 
 Json = dict[str, Any]
 
@@ -100,77 +97,13 @@ class Eval:
     json: tyro.conf.FlagCreatePairsOff[bool] = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class MakeReport:
-    """Prints a run's table again and writes its report.html from report.json.
-
-    Attributes:
-        run: the folder of a run.
-        json: print the report as one JSON object on stdout and logs on stderr.
-    """
-
-    run: tyro.conf.Positional[Path]
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShowConfig:
-    """Shows the resolved config, each value with its origin: default, the file, or the command line.
-
-    Attributes:
-        action: what to do; there is only show.
-        config: a Python file whose experiment() returns the config.
-        devices: also check it against so many devices, and show where every parameter lies on them.
-        json: print one JSON object on stdout.
-    """
-
-    action: tyro.conf.Positional[Literal["show"]]
-    config: tyro.conf.Positional[Path]
-    devices: int | None = None
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShowSchedule:
-    """Draws a pipeline schedule and counts its ticks, idle share and microbatches in flight.
-
-    Attributes:
-        name: a schedule, such as 1f1b, or a .csv file with a table, which has its own stages and microbatches.
-        stages: stages of the pipeline.
-        microbatches: microbatches of a step.
-        chunks: slices of the model a stage; the schedule's own number where none is given.
-        csv: also write the table there.
-        svg: also write a picture there.
-        json: print one JSON object on stdout and the drawing on stderr.
-    """
-
-    name: tyro.conf.Positional[str]
-    stages: int = 4
-    microbatches: int = 8
-    chunks: int | None = None
-    csv: Path | None = None
-    svg: Path | None = None
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Doctor:
-    """Checks this machine: versions, devices, memory, disk, optional packages; one line each, with the remedy.
-
-    Attributes:
-        json: print one JSON object on stdout.
-    """
-
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
-
-
 def _run(command: Run, overrides: Sequence[str], console: Console) -> Json:
-    experiment, sources = _experiment(command.config, overrides)
+    experiment, sources = resolve(command.config, overrides, prog="lmeff run")
     return run(experiment, sources=sources, resume=command.resume, console=console).to_json()
 
 
 def _train(command: Train, overrides: Sequence[str], console: Console) -> Json:
-    experiment, sources = _experiment(command.config, overrides)
+    experiment, sources = resolve(command.config, overrides, prog="lmeff run")
     if command.stage is None and len(experiment.recipe) > 1:
         raise UsageError(
             f"train: the recipe has several stages; expected --stage, one of {[s.name for s in experiment.recipe]}"
@@ -184,86 +117,21 @@ def _eval(command: Eval, overrides: Sequence[str], console: Console) -> Json:
     return evaluate(experiment, command.run, names=command.artifact, text=command.text, console=console)
 
 
-def _report(command: MakeReport, overrides: Sequence[str], console: Console) -> Json:
-    _refuse(overrides, "report")
-    report = Report.read(command.run / "report.json")
-    write_html(report, command.run / "report.html")
-    print_artifacts(report, console)
-    print_comparisons(report, console)
-    console.print(f"report: {command.run / 'report.html'}", highlight=False)
-    return report.to_json()
-
-
-def _show(command: ShowConfig, overrides: Sequence[str], console: Console) -> Json:
-    experiment, sources = _experiment(command.config, overrides)
-    shapes: Mapping[str, ModelConfig] = {}
-    if command.devices is not None:
-        simulate_devices(command.devices)
-        shapes = validate(experiment, command.devices)
-    for path, value in flat_values(experiment):
-        console.print(f"{path} = {value!r}  [dim]({sources[path]})[/dim]", highlight=False, soft_wrap=True)
-    answer: Json = {"config": to_json(experiment), "origins": sources}
-    if not shapes:
-        return answer
-    layout, dtype = make_layout(experiment.mesh), parse(experiment.precision).params
-    return answer | {"leaves": print_stages(shapes, layout, dtype, console)}
-
-
-def _schedule(command: ShowSchedule, overrides: Sequence[str], console: Console) -> Json:
-    _refuse(overrides, "schedule")
-    if is_file(command.name):
-        schedule = from_csv(Path(command.name), Path(command.name).stem)
-    else:
-        schedule = build(command.name, command.stages, command.microbatches, command.chunks)
-    counts = simulate(schedule)
-    print_schedule(schedule, counts, console)
-    for option, path, form in (("csv", command.csv, to_csv), ("svg", command.svg, schedule_file)):
-        if path is not None:
-            _write(option, path, form(schedule))
-    return {"name": schedule.name, "table": schedule.table, **counts.to_json()}
-
-
-def _write(option: str, path: Path, text: str) -> None:
-    try:
-        write_text(path, text)
-    except OSError as error:
-        raise UserError(f"--{option}: cannot write {path}: {error.strerror}; choose a folder of your own") from error
-
-
-def _doctor(command: Doctor, overrides: Sequence[str], console: Console) -> Json:
-    _refuse(overrides, "doctor")
-    checks = doctor.examine()
-    doctor.print_checks(checks, console)
-    return {"checks": [check._asdict() for check in checks]}
-
-
-def _experiment(path: Path, overrides: Sequence[str]) -> tuple[Experiment, dict[str, str]]:
-    """The experiment of a file with overrides, and the origin of each value."""
-    from_file = load_experiment(path)
-    experiment = override(from_file, overrides, prog=f"lmeff run {path}")
-    return experiment, origins(experiment, from_file, str(path))
-
-
-def _refuse(arguments: Sequence[str], command: str) -> None:
-    if arguments:
-        raise UsageError(
-            f"lmeff {command}: unknown arguments {list(arguments)}; expected those that `lmeff {command} --help` lists"
-        )
-
-
 COMMANDS: dict[str, tuple[type, Callable[..., Json]]] = {
     "run": (Run, _run),
     "train": (Train, _train),
     "eval": (Eval, _eval),
-    "report": (MakeReport, _report),
-    "config": (ShowConfig, _show),
-    "schedule": (ShowSchedule, _schedule),
-    "doctor": (Doctor, _doctor),
+    "plan": (Plan, plan),
+    "report": (MakeReport, make_report),
+    "config": (ShowConfig, show_config),
+    "schedule": (ShowSchedule, show_schedule),
+    "doctor": (Doctor, examine),
 }
 Command = (
     Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[MakeReport, tyro.conf.subcommand("report")]
     | Annotated[ShowConfig, tyro.conf.subcommand("config")]
     | Annotated[ShowSchedule, tyro.conf.subcommand("schedule")]
@@ -278,6 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     as_json = "--json" in words
     try:
         return _main(words, as_json)
+    except DoesNotFit as error:
+        return _failed(str(error), error.exit_code, as_json, error.answer)
     except UserError as error:
         return _failed(str(error), error.exit_code, as_json)
     except SystemExit as stop:  # tyro has told what is wrong on stderr
@@ -312,7 +182,7 @@ def _main(words: list[str], as_json: bool) -> int:
 def _check(command: Any, overrides: Sequence[str], machine: Machine) -> None:
     """What can be known to be wrong before processes are started."""
     if isinstance(command, Run | Train):
-        experiment, _ = _experiment(command.config, overrides)
+        experiment, _ = resolve(command.config, overrides, prog="lmeff run")
         validate(experiment, machine.devices or 1)
 
 
@@ -323,13 +193,13 @@ def _help_on_settings(words: Sequence[str]) -> None:
         override(load_experiment(Path(paths[0])), ["--help"], prog=f"lmeff {words[0]} {paths[0]}")
 
 
-def _failed(message: str, exit_code: int, as_json: bool) -> int:
+def _failed(message: str, exit_code: int, as_json: bool, answer: Json | None = None) -> int:
     if processes.launched() is not None:
         processes.leave(message, exit_code)  # the launcher tells it
     if message:
         print(f"lmeff: {message}", file=sys.stderr)
     if as_json:
-        print(json.dumps({"error": message or "usage", "exit_code": exit_code}))
+        print(json.dumps({**(answer or {}), "error": message or "usage", "exit_code": exit_code}))
     if processes.joined():
         processes.leave("", exit_code)
     return exit_code

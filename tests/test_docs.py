@@ -1,23 +1,28 @@
 """The documentation is true: its code runs, and the files and commands it names exist."""
 
 import re
+import shlex
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import tyro
 
+from lmeff.cli import Command
 from lmeff.compress.base import LeafTransform, State, per_leaf
 from lmeff.compress.config import KINDS
+from lmeff.config.overrides import resolve
 from lmeff.config.validate import validate
 from lmeff.core.numerics import materialize
 from lmeff.core.specs import initialize
 from lmeff.core.tree import flatten
 from lmeff.models.config import PRESETS
 from lmeff.models.transformer import param_specs
+from lmeff.plan.command import check, choose, target
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/extend.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/extend.md", "docs/plan.md")
 
 
 def blocks(page):
@@ -62,6 +67,25 @@ def test_the_readme_s_config_is_valid_and_its_transform_rounds():
     exec(compile(transform, "README.md", "exec"), namespace)
     assert namespace["power_of_two"]().apply({}, State({}, {})) == {}
     np.testing.assert_array_equal(namespace["round_to_power_of_two"](np.float32([3.0, -0.6, 0.0])), [4.0, -0.5, 0.0])
+
+
+def plans():
+    """Every `lmeff plan configs/...` that pages and configs promise."""
+    pages = [ROOT / page for page in PAGES] + sorted((ROOT / "configs").glob("*.py"))
+    lines = [line for page in pages for line in re.findall(r"^lmeff plan configs/.*", page.read_text(), re.MULTILINE)]
+    return sorted({line.partition("#")[0].strip() for line in lines})
+
+
+@pytest.mark.parametrize("line", plans())
+def test_every_plan_that_is_shown_can_be_asked_for(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command, overrides = tyro.cli(Command, args=shlex.split(line)[1:], return_unknown_args=True)
+    experiment, _ = resolve(command.config, overrides, prog="lmeff plan")
+    check(command)
+    where = target(command, experiment)
+    chosen, found = choose(command, experiment, where)
+    assert chosen in found
+    assert chosen.devices == where.devices
 
 
 @pytest.mark.parametrize("page", PAGES)

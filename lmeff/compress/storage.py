@@ -49,14 +49,20 @@ def quantized_bytes(params: Tree) -> tuple[int, int]:
 
 def leaf_bits(leaf: Any, sparse: Sparse | None = None) -> int:
     """Bits of one array or `QTensor`."""
-    size, width = math.prod(leaf.shape), _width(leaf)
-    dense = stored_bits(leaf) if is_qtensor(leaf) else size * width
     if sparse is None:
-        return dense
-    scales = dense - size * width
+        return stored_bits(leaf) if is_qtensor(leaf) else math.prod(leaf.shape) * _width(leaf)
     nonzero = _nonzero(leaf)
-    choices = [dense, scales + size + width * _total(nonzero)]
-    if sparse.size and int(_in_groups(nonzero, sparse).max()) <= sparse.kept:
+    holds = sparse.size > 0 and int(_in_groups(nonzero, sparse).max()) <= sparse.kept
+    return pruned_bits(leaf, sparse if holds else Sparse(), _total(nonzero))
+
+
+def pruned_bits(leaf: Any, sparse: Sparse, nonzero: int) -> int:
+    """Bits of one leaf, or of its spec, with so many values that are not zero and a pattern that is known to hold."""
+    size, width = math.prod(leaf.shape), _width(leaf)
+    dense = leaf_bits(leaf)
+    scales = dense - size * width
+    choices = [dense, scales + size + width * nonzero]
+    if sparse.size:
         index = math.ceil(math.log2(math.comb(sparse.size, sparse.kept)))
         choices.append(scales + size // sparse.size * (sparse.kept * width + index))
     return min(choices)

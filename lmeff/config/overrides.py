@@ -2,11 +2,20 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
 
+from lmeff.config.files import load_experiment, origins
 from lmeff.config.schema import Experiment, Stage
+
+
+def resolve(path: Path, arguments: Sequence[str], *, prog: str) -> tuple[Experiment, dict[str, str]]:
+    """The experiment of a config file with the settings that the arguments name, and the origin of each value."""
+    from_file = load_experiment(path)
+    experiment = override(from_file, arguments, prog=f"{prog} {path}")
+    return experiment, origins(experiment, from_file, str(path))
 
 
 def override(experiment: Experiment, arguments: Sequence[str], *, prog: str) -> Experiment:

@@ -12,11 +12,13 @@ from lmeff.data.config import vocab_size
 from lmeff.models.config import ModelConfig
 from lmeff.models.remat import parse as parse_remat
 from lmeff.models.transformer import param_specs, sites
+from lmeff.parallel.compressed import Reduce
 from lmeff.parallel.mesh import BATCH_AXES, MeshPlan, indivisible
 from lmeff.parallel.order import check_tokens
-from lmeff.parallel.schedules import SCHEDULES, is_file, resolve
+from lmeff.parallel.schedules import SCHEDULES, Size, is_file, size_of
 from lmeff.parallel.stash import STASHES
-from lmeff.parallel.tables import Schedule
+from lmeff.train.local_updates import LocalUpdates
+from lmeff.train.optim import OptimConfig
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -26,20 +28,23 @@ def validate(experiment: Experiment, devices: int) -> dict[str, ModelConfig]:
     _check_name("name", experiment.name)
     parse(experiment.precision)
     degrees = experiment.mesh.degrees(devices)
-    _check_batches(experiment, degrees)
-    schedule = _schedule_of(experiment.mesh, degrees["pipe"], experiment.train.accumulate)
+    train = experiment.train
+    check_rows("train.batch", train.batch, degrees, train.accumulate)
+    check_rows("evaluate.batch", experiment.evaluate.batch, degrees)
+    schedule = check_schedule(experiment.mesh, degrees["pipe"], train.accumulate)
     check_tokens("data.sequence", experiment.mesh.sequence, experiment.data.sequence, degrees["context"])
-    _check_synchronization(experiment, degrees)
+    optims = {"optim": experiment.optim} | {f"stage '{s.name}'.optim": s.optim for s in experiment.recipe if s.optim}
+    check_synchronization(train.reduce, train.local, experiment.precision, optims, degrees)
     seen: dict[str, ModelConfig] = {}
     packed: set[str] = set()
     for position, stage in enumerate(experiment.recipe):
         _check_stage_names(stage, seen, f"recipe[{position}]")
         cfg = shape_of(experiment, stage, seen)
-        parse_remat(experiment.train.remat, sites(cfg))
+        parse_remat(train.remat, sites(cfg))
         _check_shape(experiment, stage, cfg, degrees)
         _check_stage(experiment, stage, cfg, seen, packed)
         if schedule is not None and experiment.steps(stage):
-            _check_slices(schedule, cfg, f"stage '{stage.name}'")
+            check_slices(schedule, cfg, f"stage '{stage.name}'")
         seen[stage.name] = cfg
         if stage.export:
             packed.add(stage.name)
@@ -58,21 +63,20 @@ def _check_name(where: str, name: str) -> None:
         raise ConfigError(f"{where}: got '{name}', expected letters, digits, - and _: it becomes a folder")
 
 
-def _check_batches(experiment: Experiment, degrees: Mapping[str, int]) -> None:
-    wide = {f"mesh.{axis}": degrees[axis] for axis in BATCH_AXES if degrees[axis] > 1}
-    train = experiment.train
-    microbatches = {"train.accumulate": train.accumulate} if train.accumulate > 1 else {}
-    for where, rows, factors, why in (
-        ("train.batch", train.batch, wide | microbatches, "every device takes equally many rows in every microbatch"),
-        ("evaluate.batch", experiment.evaluate.batch, wide, "every device takes equally many rows"),
-    ):
-        if rows % math.prod(factors.values()):
-            names, sizes = (" x ".join(map(str, part)) for part in (factors, factors.values()))
-            raise ConfigError(f"{where}: got {rows} rows, expected a multiple of {names} = {sizes}; {why}")
+def check_rows(where: str, rows: int, degrees: Mapping[str, int], accumulate: int = 1) -> None:
+    """Refuses a global batch that the mesh and the microbatches cannot cut evenly."""
+    factors = {f"mesh.{axis}": degrees[axis] for axis in BATCH_AXES if degrees[axis] > 1}
+    why = "every device takes equally many rows"
+    if accumulate > 1:
+        factors["train.accumulate"] = accumulate
+        why += " in every microbatch"
+    if rows % math.prod(factors.values()):
+        names, sizes = (" x ".join(map(str, part)) for part in (factors, factors.values()))
+        raise ConfigError(f"{where}: got {rows} rows, expected a multiple of {names} = {sizes}; {why}")
 
 
-def _schedule_of(plan: MeshPlan, stages: int, microbatches: int) -> Schedule | None:
-    """The schedule of a plan with a pipeline; None for one without."""
+def check_schedule(plan: MeshPlan, stages: int, microbatches: int) -> Size | None:
+    """What a plan's schedule comes to, None without a pipeline; refuses names and numbers that no schedule takes. Builds no table but that of a file."""
     if not is_file(plan.schedule) and plan.schedule not in SCHEDULES:
         raise ConfigError(
             f"mesh.schedule: got '{plan.schedule}', expected one of {', '.join(SCHEDULES)}, or a .csv file with a table"
@@ -86,26 +90,33 @@ def _schedule_of(plan: MeshPlan, stages: int, microbatches: int) -> Schedule | N
             )
         return None
     try:
-        return resolve(plan.schedule, stages, microbatches, plan.chunks)
+        return size_of(plan.schedule, stages, microbatches, plan.chunks)
     except ConfigError as error:
         raise ConfigError(
             f"mesh.schedule: {error}. Its stages are mesh.pipe, its microbatches train.accumulate, its chunks mesh.chunks."
         ) from error
 
 
-def _check_slices(schedule: Schedule, cfg: ModelConfig, where: str) -> None:
-    if cfg.layers < schedule.slices:
+def check_slices(size: Size, cfg: ModelConfig, where: str) -> None:
+    """Refuses a pipeline with more slices than the model has layers."""
+    if cfg.layers < size.slices:
         raise ConfigError(
-            f"{where}: the model has {cfg.layers} layers, expected at least mesh.pipe x chunks = {schedule.stages} x {schedule.chunks}: "
-            f"schedule {schedule.name} cuts it into {schedule.slices} slices. Lower mesh.pipe or mesh.chunks."
+            f"{where}: the model has {cfg.layers} layers, expected at least mesh.pipe x chunks = {size.stages} x {size.chunks}: "
+            f"schedule {size.name} cuts it into {size.slices} slices. Lower mesh.pipe or mesh.chunks."
         )
 
 
-def _check_synchronization(experiment: Experiment, degrees: Mapping[str, int]) -> None:
-    reduce, local = experiment.train.reduce, experiment.train.local
-    if reduce is not None and reduce.method == "powersgd" and parse(experiment.precision).needs_loss_scale:
+def check_synchronization(
+    reduce: Reduce | None,
+    local: LocalUpdates | None,
+    precision: str,
+    optims: Mapping[str, OptimConfig],
+    degrees: Mapping[str, int],
+) -> None:
+    """Refuses ways to meet that the precision, the mesh or an optimizer (by where it is set) does not go with."""
+    if reduce is not None and reduce.method == "powersgd" and parse(precision).needs_loss_scale:
         raise ConfigError(
-            f"train.reduce: got method powersgd with precision {experiment.precision}, expected no float16: what PowerSGD has not sent yet would be in "
+            f"train.reduce: got method powersgd with precision {precision}, expected no float16: what PowerSGD has not sent yet would be in "
             "units of a loss scale that changes. Use bfloat16, or method int8."
         )
     if local is None:
@@ -120,20 +131,32 @@ def _check_synchronization(experiment: Experiment, degrees: Mapping[str, int]) -
             f"train.local.axis: got 'data' with mesh.dcn = {degrees['dcn']}, expected 'dcn': workers that rarely meet belong along the slowest axis, "
             "and would reduce gradients over it every step."
         )
-    for where, optim in [
-        ("optim", experiment.optim),
-        *((f"stage '{s.name}'.optim", s.optim) for s in experiment.recipe),
-    ]:
-        if optim is not None and optim.ema is not None:
+    for where, optim in optims.items():
+        if optim.ema is not None:
             raise ConfigError(
                 f"{where}.ema: got {optim.ema} with train.local, expected None: the outer parameters, which the run gives, are an average of the workers "
                 "already. Drop one of them."
             )
-        if optim is not None and optim.offload:
+        if optim.offload:
             raise ConfigError(
                 f"{where}.offload: got True with train.local, expected False: each worker's moments lie apart from the others' on its own devices. "
                 "Drop one of them."
             )
+
+
+def check_cuts(sequence: str, cfg: ModelConfig, degrees: dict[str, int], where: str) -> None:
+    """Refuses a model whose dims the mesh cannot cut evenly; `sequence` as `mesh.sequence` has it."""
+    problems = indivisible(param_specs(cfg), degrees)
+    if problems:
+        raise ConfigError(
+            f"{where}: the mesh cannot cut {' and '.join(problems)} evenly; expected divisors. Change the degree or the model's size."
+        )
+    ways = degrees["tensor"] * degrees["context"]
+    if sequence == "ulysses" and cfg.heads % ways:
+        raise ConfigError(
+            f"{where}: got {cfg.heads} query heads, expected a multiple of mesh.tensor x mesh.context = {degrees['tensor']} x {degrees['context']}: "
+            "mesh.sequence 'ulysses' gives every device whole heads. Set mesh.sequence to 'ring' or 'gather', or lower mesh.context."
+        )
 
 
 def _check_stage_names(stage: Stage, seen: Mapping[str, ModelConfig], where: str) -> None:
@@ -159,17 +182,7 @@ def _check_shape(experiment: Experiment, stage: Stage, cfg: ModelConfig, degrees
             f"{where}: the model has a vocabulary of {cfg.vocab} and the tokenizer '{experiment.data.tokenizer}' makes {needed} ids; "
             f"expected at least as many. Set model.vocab to {needed} or more."
         )
-    problems = indivisible(param_specs(cfg), degrees)
-    if problems:
-        raise ConfigError(
-            f"{where}: the mesh cannot cut {' and '.join(problems)} evenly; expected divisors. Change the degree or the model's size."
-        )
-    ways = degrees["tensor"] * degrees["context"]
-    if experiment.mesh.sequence == "ulysses" and cfg.heads % ways:
-        raise ConfigError(
-            f"{where}: got {cfg.heads} query heads, expected a multiple of mesh.tensor x mesh.context = {degrees['tensor']} x {degrees['context']}: "
-            "mesh.sequence 'ulysses' gives every device whole heads. Set mesh.sequence to 'ring' or 'gather', or lower mesh.context."
-        )
+    check_cuts(experiment.mesh.sequence, cfg, degrees, where)
 
 
 def _check_stage(

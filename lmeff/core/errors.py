@@ -1,5 +1,7 @@
 """Errors a user can cause. Each one is one paragraph (where, got, expected, remedy) and one exit code of the CLI."""
 
+from typing import Any
+
 
 class UserError(Exception):
     """Something the user can mend. `exit_code` is what the command line returns for it.
@@ -39,6 +41,11 @@ class CheckpointError(UserError):
 
 
 class DoesNotFit(UserError):
-    """A program that needs more memory than a device has."""
+    """A plan that needs more memory than a device has. `answer`: what was found all the same, for `--json`."""
 
     exit_code = 6
+
+    def __init__(self, message: str, answer: dict[str, Any] | None = None) -> None:
+        """`message`: which device and which category of its memory are to blame."""
+        super().__init__(message)
+        self.answer = answer or {}

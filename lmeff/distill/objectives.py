@@ -87,7 +87,7 @@ def head_objective(
                 extras = extras | {"teacher_head": _by_vocabulary(extras["teacher_head"], teacher.cfg, shared)}
             axes = layout.axes("V") + shared
             loss = functools.partial(_row_loss, student, teacher, distill, axes)
-            part = _rows_at_once(chunk, layout, student.cfg, shared)
+            part = rows_at_once(chunk, layout, student.cfg, shared)
             options = {"chunk": part, "vocab_axes": axes, "batch_axes": layout.axes("BS")}
             return chunked_head(loss, hidden, head, rows, extras, **options)
 
@@ -176,7 +176,7 @@ def _by_vocabulary(head: jax.Array, cfg: ModelConfig, axes: tuple[str, ...]) -> 
     return jax.lax.all_to_all(head, axes, split_axis=vocab, concat_axis=1 - vocab, tiled=True) if axes else head
 
 
-def _rows_at_once(chunk: int, layout: Layout, cfg: ModelConfig, shared: tuple[str, ...]) -> int:
+def rows_at_once(chunk: int, layout: Layout, cfg: ModelConfig, shared: tuple[str, ...]) -> int:
     """A device's rows of a chunk. Where rows are gathered, logits and gathered rows together take what the logits of `chunk` rows would."""
     if not shared:
         return chunk

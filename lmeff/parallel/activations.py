@@ -2,61 +2,152 @@
 
 The sum of what one block's gradient rule is given, times the device's layers: exact where a policy names what is kept. Without one ("none") XLA
 keeps somewhat less, because it merges and recomputes on its own.
+
+A block is traced once for each kind of model and policy, at small sizes that are all different, so that every dim of what is kept names its letter. The
+letters then have the sizes of any model of that kind on any mesh.
 """
 
 import dataclasses
 import functools
-from typing import Any
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from lmeff.core.batch import Batch
 from lmeff.core.errors import ConfigError
+from lmeff.core.grouped import block_size, padded_rows
 from lmeff.core.ops import make_ops
 from lmeff.core.specs import ParamSpec
 from lmeff.core.tree import map_with_path
-from lmeff.models.attention import attention
-from lmeff.models.config import ModelConfig
+from lmeff.models.attention import SHORT, attention, form_of
+from lmeff.models.config import ModelConfig, MoE
+from lmeff.models.moe import row_capacity
 from lmeff.models.remat import HOST, parse, wrapper
-from lmeff.models.transformer import block, param_specs, sites
-from lmeff.parallel.mesh import BATCH_AXES, Layout
+from lmeff.models.transformer import ROUTER, block, param_specs, sites
+from lmeff.parallel.mesh import BATCH_AXES, Layout, MeshPlan, plan_layout
 
 ORDER = ("none", "dots", "names", "save:attn_out", "full")  # from least to most recomputation
 
 
 def kept_bytes(remat: str, cfg: ModelConfig, layout: Layout, rows: int, tokens: int, dtype: Any) -> int:
     """Bytes a device keeps of all its layers under a policy, for a microbatch of so many rows [B, T] of the whole mesh."""
-    parts = layout.size(("tensor",))
-    local = dataclasses.replace(
-        cfg, heads=cfg.heads // parts, kv_heads=cfg.kv_heads // parts, ffn=cfg.ffn // parts, head_width=cfg.head_size
+    sizes = local_sizes(cfg, layout, rows, tokens)
+    return -(-cfg.layers // layout.size(("pipe",))) * sum(
+        x.bytes(sizes) for x in kept_arrays(remat, cfg, layout, tokens, dtype)
     )
-    own_rows, length = rows // layout.size(BATCH_AXES), tokens // layout.size(("context",))
-    stream = (own_rows, length, cfg.width)
-    each = _kept(remat, local, layout.platform, stream, dtype)
-    total = sum(x.size * x.dtype.itemsize for x in each)
-    if length % parts == 0:
-        # The residual stream, and what is added to it, is cut over T also where no head or neuron is. An ffn as wide as the stream would look alike.
-        alone = local if local.ffn != cfg.width else dataclasses.replace(local, ffn=cfg.width + 1)
-        streams = [x for x in _kept(remat, alone, layout.platform, stream, dtype) if x.shape == stream]
-        total -= sum(x.size * x.dtype.itemsize * (parts - 1) // parts for x in streams)
-    return -(-cfg.layers // layout.size(("pipe",))) * total
 
 
-def _kept(remat: str, cfg: ModelConfig, platform: str, stream: tuple[int, ...], dtype: Any) -> list[Any]:
+class Kept(NamedTuple):
+    """An array that the backward pass of one block is given: the letters of each dim (several where dims are merged), and bytes of a number.
+
+    The residual stream and what is added to it, [B, T, D], are cut over T also where no head or neuron is.
+    """
+
+    dims: tuple[str, ...]
+    itemsize: int
+
+    def bytes(self, sizes: Mapping[str, int]) -> int:
+        """On a device where letters have these sizes."""
+        dims = ("B", "t", "D") if self.dims == ("B", "T", "D") else self.dims
+        return self.itemsize * math.prod(sizes[letter] for dim in dims for letter in dim)
+
+
+def local_sizes(cfg: ModelConfig, layout: Layout, rows: int, tokens: int) -> dict[str, int]:
+    """What a device has of each letter: T is time whole over tensor, t as the residual stream is cut; of experts A choices, M rows of buffers."""
+    parts, shape = layout.size(("tensor",)), layout.mesh.shape
+    length = tokens // shape["context"]
+    sizes = {
+        **cfg.sizes,
+        "B": rows // layout.size(BATCH_AXES),
+        "T": length,
+        "t": length // parts if length % parts == 0 else length,
+    }
+    for letter in "HKF":
+        sizes[letter] = max(sizes[letter] // parts, 1)
+    sizes["G"], sizes["c"] = sizes["H"] // sizes["K"], cfg.head_size // 2
+    return sizes if cfg.moe is None else sizes | _expert_sizes(cfg, sizes, shape["expert"], tokens)
+
+
+def _expert_sizes(cfg: ModelConfig, sizes: Mapping[str, int], devices: int, tokens: int) -> dict[str, int]:
+    """Of the letters that a layer of experts adds: E on this device, e in all; k choices a token, N tokens, A choices and M rows of the buffers here."""
+    moe, own = cfg.moe, sizes["B"] * sizes["T"]
+    assert moe is not None
+    held = moe.experts // devices
+    found = {"E": held, "e": moe.experts, "k": moe.top_k, "f": moe.shared * sizes["F"]}
+    if moe.capacity is None:
+        tokens, most = own * devices, own * devices * min(moe.top_k, held)
+        return found | {
+            "N": tokens,
+            "A": tokens * moe.top_k,
+            "M": padded_rows(most, held, block_size(most, held)),
+            "Q": 0,
+        }
+    room = sizes["B"] * min(row_capacity(moe, tokens), sizes["T"])
+    return found | {"N": own, "A": own * moe.top_k, "M": moe.experts * room, "Q": room * devices}
+
+
+def kept_arrays(remat: str, cfg: ModelConfig, layout: Layout, tokens: int, dtype: Any) -> tuple[Kept, ...]:
     """What the gradient rule of one block is given besides weights and ids."""
-    ids = jax.ShapeDtypeStruct(stream[:2], "int32")
-    x = jax.ShapeDtypeStruct(stream, dtype)
-    p = map_with_path(_layer(dtype), param_specs(cfg)["blocks"])
+    length, width = tokens // layout.mesh.shape["context"], cfg.head_size
+    platform = (
+        layout.platform if layout.mesh.shape["context"] == 1 else "cpu"
+    )  # rows that are cut have forms of their own
+    splash = form_of(platform, (1, length, 1, width), (1, length, 1, width)) == "splash"
+    small = dataclasses.replace(
+        cfg,
+        vocab=8,
+        width=44,
+        layers=1,
+        heads=6,
+        kv_heads=6 if cfg.heads == cfg.kv_heads else 3,
+        head_width=width if splash else 20,
+        ffn=52,
+        rope_theta=1e4,
+        norm_eps=1e-5,
+        window=None if cfg.window is None else 8,
+        moe=None if cfg.moe is None else _small_experts(cfg.moe),
+    )
+    time = 384 if splash else 72 if length <= SHORT else SHORT + 256
+    return _traced(remat, small, platform, time, jnp.dtype(dtype))
+
+
+def _small_experts(moe: MoE) -> MoE:
+    top = 1 if moe.top_k == 1 else 2
+    return dataclasses.replace(moe, experts=7, top_k=top, shared=min(moe.shared, 1), balance=1.0, router_z=1.0)
+
+
+@functools.cache
+def _traced(remat: str, cfg: ModelConfig, platform: str, tokens: int, dtype: Any) -> tuple[Kept, ...]:
+    """The same of a small model whose sizes are all different."""
+    rows, specs = 5, param_specs(cfg)["blocks"]
+    x, ids = jax.ShapeDtypeStruct((rows, tokens, cfg.width), dtype), jax.ShapeDtypeStruct((rows, tokens), "int32")
+    batch = Batch(ids, ids, ids, ids, jax.ShapeDtypeStruct(ids.shape, "float32"))
     ops = make_ops(attend=functools.partial(_attend, platform))({}).ops
 
-    def pulled(x: Any, p: Any, ids: Any) -> Any:
-        step = wrapper(parse(remat, sites(cfg)))(lambda x, p: block(x, p, Batch(*[ids] * 5), cfg, ops))
+    def pulled(x: Any, p: Any, batch: Batch) -> Any:
+        step = wrapper(parse(remat, sites(cfg)))(lambda x, p: block(x, p, batch, cfg, ops))
         return jax.vjp(step, x, p)[1]
 
-    traced = jax.make_jaxpr(pulled)(x, p, ids).jaxpr
+    traced = jax.make_jaxpr(pulled)(x, map_with_path(_layer(dtype), specs), batch).jaxpr
     given = {id(v) for v in traced.invars[1:]}  # all but the block's input
     outs = {id(v): v.aval for v in traced.outvars if id(v) not in given and v.aval.shape}
-    return list(outs.values())
+    letters = _letters_by_size(cfg, rows, tokens)
+    return tuple(Kept(tuple(letters[size] for size in x.shape), x.dtype.itemsize) for x in outs.values())
+
+
+def _letters_by_size(cfg: ModelConfig, rows: int, tokens: int) -> dict[int, str]:
+    """The letters of a dim of so many, those of two that are merged last; raises `KeyError` when asked for a size that no letters have."""
+    layout = plan_layout(MeshPlan(), 1)
+    sizes = {
+        letter: n for letter, n in local_sizes(cfg, layout, rows, tokens).items() if letter not in "etVL" and n > 1
+    }
+    pairs = {sizes[a] * sizes[b]: a + b for a, b in itertools.combinations(sizes, 2)}
+    blocks = {tokens // 128: ""}  # a dim of the splash kernel's table of blocks, a few bytes for the whole batch
+    return {**blocks, **pairs, **{n: letter for letter, n in reversed(sizes.items())}, 1: ""}
 
 
 def _attend(platform: str, q: Any, k: Any, v: Any, segments: Any, **options: Any) -> Any:
@@ -64,10 +155,10 @@ def _attend(platform: str, q: Any, k: Any, v: Any, segments: Any, **options: Any
 
 
 def _layer(dtype: Any) -> Any:
-    """A stacked weight's spec as the shape of one layer."""
+    """A stacked weight's spec as the shape of one layer; the router stays in float32, as `cast_floating` leaves it."""
 
     def leaf(path: str, spec: ParamSpec) -> Any:
-        return jax.ShapeDtypeStruct(spec.shape[1:], dtype)
+        return jax.ShapeDtypeStruct(spec.shape[1:], jnp.float32 if path.endswith(ROUTER.key) else dtype)
 
     return leaf
 

@@ -1,5 +1,6 @@
 """Pipeline schedules by name: `build("1f1b", stages=4, microbatches=8)`, or from a file: `resolve("table.csv", ...)`."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +9,19 @@ from lmeff.core.errors import ConfigError
 from lmeff.parallel.schedule_csv import from_csv
 from lmeff.parallel.tables import B, F, Op, Schedule, W, arrange
 from lmeff.parallel.zero_bubble import zb_h1, zb_h2, zbv
+
+
+class Size(NamedTuple):
+    """How a schedule cuts a model."""
+
+    name: str
+    stages: int
+    chunks: int
+
+    @property
+    def slices(self) -> int:
+        """Into how many slices."""
+        return self.stages * self.chunks
 
 
 def is_file(name: str) -> bool:
@@ -31,12 +45,26 @@ def resolve(name: str, stages: int, microbatches: int, chunks: int | None = None
     return schedule
 
 
+@functools.lru_cache(maxsize=32)
 def build(name: str, stages: int, microbatches: int, chunks: int | None = None) -> Schedule:
     """The table of a schedule.
 
     chunks: slices of the model a stage; None takes 2 where the schedule is about several chunks, else 1.
     Raises `ConfigError` where the numbers do not suit the schedule.
     """
+    size = _checked(name, stages, microbatches, chunks)
+    return SCHEDULES[name].make(name, stages, microbatches, size.chunks)
+
+
+def size_of(name: str, stages: int, microbatches: int, chunks: int | None = None) -> Size:
+    """What `resolve` comes to; raises the same errors, and builds no table of a named schedule, which may have thousands of ticks."""
+    if not is_file(name):
+        return _checked(name, stages, microbatches, chunks)
+    schedule = resolve(name, stages, microbatches, chunks)
+    return Size(schedule.name, schedule.stages, schedule.chunks)
+
+
+def _checked(name: str, stages: int, microbatches: int, chunks: int | None) -> Size:
     if name not in SCHEDULES:
         raise ConfigError(f"schedule: got {name!r}, expected one of {', '.join(SCHEDULES)}, or a .csv file")
     kind = SCHEDULES[name]
@@ -53,7 +81,7 @@ def build(name: str, stages: int, microbatches: int, chunks: int | None = None) 
         raise ConfigError(
             f"schedule {name}: got microbatches = {microbatches}, expected a multiple of stages = {stages}; circular takes any number"
         )
-    return kind.make(name, stages, microbatches, chunks)
+    return Size(name, stages, chunks)
 
 
 def _gpipe(name: str, p: int, m: int, v: int) -> Schedule:

@@ -27,7 +27,7 @@ def render(report: Report) -> str:
     """The page as text."""
     first, *others = words.headlines(report)
     plots = make_plots(report)
-    return _template().render(
+    return template("report.html").render(
         report=report,
         lead=first,
         sentences=others,
@@ -39,16 +39,16 @@ def render(report: Report) -> str:
         settings=config_rows(report.config),
         environment=config_rows(report.environment),
         facts=_facts(report),
-        pipeline=_pipeline(report),
+        pipeline=pipeline(report.schedule, report.schedule_table),
         made=words.moment(report.created),
         number=words.number,
         shape=lambda shape: " × ".join(map(str, shape)) or "scalar",
     )
 
 
-def _template() -> Any:
-    jinja2 = require("jinja2", extra="report")
-    return _environment(jinja2).get_template("report.html")
+def template(name: str) -> Any:
+    """A page's template, in which what looks like markup in a text stays what it is."""
+    return _environment(require("jinja2", extra="report")).get_template(name)
 
 
 @functools.cache
@@ -63,20 +63,21 @@ def _environment(jinja2: Any) -> Any:
         keep_trailing_newline=True,
     )
     environment.filters["minus"] = lambda text: re.sub(r"(?<![\w.-])-(?=\d)", "−", text)
+    environment.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
     return environment
 
 
-def _pipeline(report: Report) -> dict[str, str] | None:
-    """The schedule's picture, and what it costs in words."""
-    if not report.schedule_table:
+def pipeline(name: str, table: str) -> dict[str, str] | None:
+    """The picture of a schedule, given as CSV, and what it costs in words; None without a table."""
+    if not table:
         return None
-    schedule = from_csv(report.schedule_table, report.schedule)
+    schedule = from_csv(table, name)
     counts = simulate(schedule)
     picture = schedule_svg(schedule)
     size = re.search(r'viewBox="0 0 (\d+) ', picture)
     assert size is not None
     caption = (
-        f"{report.schedule}: {words.plural(schedule.stages, 'stage')}, microbatches: {schedule.microbatches}, "
+        f"{name}: {words.plural(schedule.stages, 'stage')}, microbatches: {schedule.microbatches}, "
         f"{words.plural(schedule.ticks, 'tick')}, {counts.idle_share:.0%} of them idle; at most {int(counts.in_flight.max())} in flight on a stage."
     )
     return {"picture": picture, "width": size[1], "caption": caption}

@@ -41,23 +41,23 @@ COLUMNS = (
 def print_artifacts(report: Report, console: Console) -> None:
     """Every artifact with its loss and interval, size and time, each also as a ratio to the baseline; then the result in sentences."""
     columns = [column for column in COLUMNS if console.width >= WIDE or not column.wide]
-    table = _table(console, "artifact", *(column.head for column in columns), text_columns=("artifact", "kind"))
+    table = make_table(console, "artifact", *(column.head for column in columns), text_columns=("artifact", "kind"))
     for row in report.artifacts:
         style = "bold" if row.name == report.base.name else ""
         cells = [column.text(row, report.base) for column in columns]
-        table.add_row(*(_cell(console, cell, style) for cell in (row.name, *cells)))
+        table.add_row(*(make_cell(console, cell, style) for cell in (row.name, *cells)))
     console.print(table)
     told = f"held-out loss in nats/token over {words.plural(report.held_out_documents, 'document')}"
-    console.print(_cell(console, f"{told}; ratios to {report.base.name}"), soft_wrap=not console.is_terminal)
-    _points(console, words.headlines(report))
+    console.print(make_cell(console, f"{told}; ratios to {report.base.name}"), soft_wrap=not console.is_terminal)
+    print_points(console, words.headlines(report))
 
 
 def print_rules(rows: Iterable[RuleRow], console: Console) -> None:
     """What the rules resolved to, leaf by leaf."""
-    table = _table(console, "parameter", "letters", "shape", "rule", text_columns=("parameter", "letters", "rule"))
+    table = make_table(console, "parameter", "letters", "shape", "rule", text_columns=("parameter", "letters", "rule"))
     for row in rows:
         shape = " x ".join(map(str, row.shape)) or "scalar"
-        table.add_row(*(_cell(console, cell) for cell in (row.path, row.letters, shape, row.rule)))
+        table.add_row(*(make_cell(console, cell) for cell in (row.path, row.letters, shape, row.rule)))
     console.print(table)
 
 
@@ -65,16 +65,17 @@ def print_comparisons(report: Report, console: Console) -> None:
     """Paired differences on the same documents, each with what it says."""
     if not report.comparisons:
         return
-    table = _table(console, "a - b", "nats/token", "interval", text_columns=("a - b",))
+    table = make_table(console, "a - b", "nats/token", "interval", text_columns=("a - b",))
     for c in report.comparisons:
         interval = f"[{c.interval[0]:+.4f}, {c.interval[1]:+.4f}]"
         cells = (f"{c.a} - {c.b}", f"{c.difference:+.4f}", interval)
-        table.add_row(*(_cell(console, cell) for cell in cells))
+        table.add_row(*(make_cell(console, cell) for cell in cells))
     console.print(table)
-    _points(console, (words.comparison_text(c) for c in report.comparisons))
+    print_points(console, (words.comparison_text(c) for c in report.comparisons))
 
 
-def _table(console: Console, *heads: str, text_columns: tuple[str, ...]) -> Table:
+def make_table(console: Console, *heads: str, text_columns: tuple[str, ...]) -> Table:
+    """A table with heads; `text_columns` are flush left and may take several lines, the others are numbers."""
     style = box.SIMPLE_HEAD if console.is_terminal and not console.options.ascii_only else PLAIN
     table = Table(box=style, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1), header_style="bold")
     for head in heads:
@@ -83,22 +84,23 @@ def _table(console: Console, *heads: str, text_columns: tuple[str, ...]) -> Tabl
     return table
 
 
-def _points(console: Console, sentences: Iterable[str]) -> None:
+def print_points(console: Console, sentences: Iterable[str]) -> None:
+    """Sentences as a list; whole lines where nobody watches."""
     grid = Table.grid(padding=(0, 1))
     for sentence in sentences:
         if console.is_terminal:
-            grid.add_row("-", _cell(console, sentence))
+            grid.add_row("-", make_cell(console, sentence))
         else:
-            console.print(_cell(console, f"- {sentence}"), soft_wrap=True)
+            console.print(make_cell(console, f"- {sentence}"), soft_wrap=True)
     if grid.row_count:
         console.print(grid)
 
 
-def _cell(console: Console, text: str, style: str = "") -> Text:
+def make_cell(console: Console, text: str, style: str = "") -> Text:
     """Plain text: what looks like markup in a name stays what it is, and a terminal without Unicode gets ASCII."""
     shown = words.printable(text)
     if console.options.ascii_only:
-        for character, plain in {"±": "+-", "×": "x", "–": "-"}.items():
+        for character, plain in {"±": "+-", "×": "x", "–": "-", "µ": "u", "█": "#", "░": "."}.items():
             shown = shown.replace(character, plain)
         shown = shown.encode("ascii", "replace").decode("ascii")
     return Text(shown, style=style)

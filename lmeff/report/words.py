@@ -15,7 +15,7 @@ DASH = "–"
 
 def count(value: float) -> str:
     """`1234567` as `1.23 M`."""
-    return _scaled(value, 1000, ("", "k", "M", "G", "T", "P"))
+    return _scaled(value, 1000, ("", "k", "M", "G", "T", "P", "E", "Z"))
 
 
 def size(value: float) -> str:
@@ -24,13 +24,22 @@ def size(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """`4210` as `1 h 10 min`."""
+    """`4210` as `1 h 10 min`, and `200_000` as `2 d 8 h`."""
     if value < 60:
         return f"{value:.3g} s"
     minutes, rest = divmod(round(value), 60)
     if minutes < 60:
         return f"{minutes} min {rest} s" if rest else f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24:,} d {hours % 24} h"
+
+
+def brief(value: float) -> str:
+    """Seconds with the unit that suits them: `0.0123` as `12.3 ms`."""
+    for unit, scale in (("µs", 1e-6), ("ms", 1e-3)):
+        if value and value < 999.5 * scale:
+            return f"{number(value / scale)} {unit}"
+    return seconds(value)
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -91,16 +91,21 @@ def make_optimizer(
     config: OptimConfig, steps: int, *, policy: Policy, specs: Tree
 ) -> optax.GradientTransformationExtraArgs:
     """Clipping, then the named optimizer, over `(params, trainable state of the compression)`; loss scaling around it for float16."""
-    if policy.state == jnp.bfloat16 and config.b2 > BFLOAT16_B2:
-        raise ConfigError(
-            f"optim.b2: got {config.b2} with precision state=bfloat16, expected at most {BFLOAT16_B2}: a second moment that shrinks by less than "
-            "2^-8 a step is rounded back to what it was and never shrinks. Lower optim.b2 or set state=float32."
-        )
+    check_state(config, policy)
     rate = learning_rate_schedule(config, steps)
     chain = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     chain.append(OPTIMIZERS[config.name](config, rate, Kinds(flatten(specs))))
     tx = stored_as(policy.state, optax.chain(*chain))
     return optax.with_extra_args_support(dynamic_loss_scale(tx) if policy.needs_loss_scale else tx)
+
+
+def check_state(config: OptimConfig, policy: Policy) -> None:
+    """Refuses moments in a dtype too coarse for how slowly they change."""
+    if policy.state == jnp.bfloat16 and config.b2 > BFLOAT16_B2:
+        raise ConfigError(
+            f"optim.b2: got {config.b2} with precision state=bfloat16, expected at most {BFLOAT16_B2}: a second moment that shrinks by less than "
+            "2^-8 a step is rounded back to what it was and never shrinks. Lower optim.b2 or set state=float32."
+        )
 
 
 BFLOAT16_B2 = 0.996

@@ -1,0 +1,160 @@
+"""Commands that train nothing: they show a config, a schedule, a finished run's report, or this machine."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+
+from lmeff import doctor
+from lmeff.config.files import to_json
+from lmeff.config.overrides import resolve
+from lmeff.config.schema import flat_values
+from lmeff.config.validate import validate
+from lmeff.core.errors import UsageError, UserError
+from lmeff.core.files import write_text
+from lmeff.core.precision import parse
+from lmeff.launch import simulate_devices
+from lmeff.models.config import ModelConfig
+from lmeff.parallel.drawing import print_schedule
+from lmeff.parallel.leaves import print_stages
+from lmeff.parallel.mesh import make_layout
+from lmeff.parallel.schedule_csv import from_csv, to_csv
+from lmeff.parallel.schedules import build, is_file
+from lmeff.parallel.simulate import simulate
+from lmeff.report.html import write_html
+from lmeff.report.pipeline import schedule_file
+from lmeff.report.schema import Report
+from lmeff.report.tables import print_artifacts, print_comparisons
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeReport:
+    """Prints a run's table again and writes its report.html from report.json.
+
+    Attributes:
+        run: the folder of a run.
+        json: print the report as one JSON object on stdout and logs on stderr.
+    """
+
+    run: tyro.conf.Positional[Path]
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig:
+    """Shows the resolved config, each value with its origin: default, the file, or the command line.
+
+    Attributes:
+        action: what to do; there is only show.
+        config: a Python file whose experiment() returns the config.
+        devices: also check it against so many devices, and show where every parameter lies on them.
+        json: print one JSON object on stdout.
+    """
+
+    action: tyro.conf.Positional[Literal["show"]]
+    config: tyro.conf.Positional[Path]
+    devices: int | None = None
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowSchedule:
+    """Draws a pipeline schedule and counts its ticks, idle share and microbatches in flight.
+
+    Attributes:
+        name: a schedule, such as 1f1b, or a .csv file with a table, which has its own stages and microbatches.
+        stages: stages of the pipeline.
+        microbatches: microbatches of a step.
+        chunks: slices of the model a stage; the schedule's own number where none is given.
+        csv: also write the table there.
+        svg: also write a picture there.
+        json: print one JSON object on stdout and the drawing on stderr.
+    """
+
+    name: tyro.conf.Positional[str]
+    stages: int = 4
+    microbatches: int = 8
+    chunks: int | None = None
+    csv: Path | None = None
+    svg: Path | None = None
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Checks this machine: versions, devices, memory, disk, optional packages; one line each, with the remedy.
+
+    Attributes:
+        json: print one JSON object on stdout.
+    """
+
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+def make_report(command: MakeReport, overrides: Sequence[str], console: Console) -> Json:
+    """`lmeff report`."""
+    _refuse(overrides, "report")
+    report = Report.read(command.run / "report.json")
+    write_html(report, command.run / "report.html")
+    print_artifacts(report, console)
+    print_comparisons(report, console)
+    console.print(f"report: {command.run / 'report.html'}", highlight=False)
+    return report.to_json()
+
+
+def show_config(command: ShowConfig, overrides: Sequence[str], console: Console) -> Json:
+    """`lmeff config show`."""
+    experiment, sources = resolve(command.config, overrides, prog="lmeff run")
+    shapes: Mapping[str, ModelConfig] = {}
+    if command.devices is not None:
+        simulate_devices(command.devices)
+        shapes = validate(experiment, command.devices)
+    for path, value in flat_values(experiment):
+        console.print(f"{path} = {value!r}  [dim]({sources[path]})[/dim]", highlight=False, soft_wrap=True)
+    answer: Json = {"config": to_json(experiment), "origins": sources}
+    if not shapes:
+        return answer
+    layout, dtype = make_layout(experiment.mesh), parse(experiment.precision).params
+    return answer | {"leaves": print_stages(shapes, layout, dtype, console)}
+
+
+def show_schedule(command: ShowSchedule, overrides: Sequence[str], console: Console) -> Json:
+    """`lmeff schedule`."""
+    _refuse(overrides, "schedule")
+    if is_file(command.name):
+        schedule = from_csv(Path(command.name), Path(command.name).stem)
+    else:
+        schedule = build(command.name, command.stages, command.microbatches, command.chunks)
+    counts = simulate(schedule)
+    print_schedule(schedule, counts, console)
+    for option, path, form in (("csv", command.csv, to_csv), ("svg", command.svg, schedule_file)):
+        if path is not None:
+            _write(option, path, form(schedule))
+    return {"name": schedule.name, "table": schedule.table, **counts.to_json()}
+
+
+def _write(option: str, path: Path, text: str) -> None:
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise UserError(f"--{option}: cannot write {path}: {error.strerror}; choose a folder of your own") from error
+
+
+def examine(command: Doctor, overrides: Sequence[str], console: Console) -> Json:
+    """`lmeff doctor`."""
+    _refuse(overrides, "doctor")
+    checks = doctor.examine()
+    doctor.print_checks(checks, console)
+    return {"checks": [check._asdict() for check in checks]}
+
+
+def _refuse(arguments: Sequence[str], command: str) -> None:
+    if arguments:
+        raise UsageError(
+            f"lmeff {command}: unknown arguments {list(arguments)}; expected those that `lmeff {command} --help` lists"
+        )

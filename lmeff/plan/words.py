@@ -1,0 +1,334 @@
+"""Why, in words: every sentence is computed from the numbers of a plan, and is left out where there is nothing to say."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax.numpy as jnp
+
+from lmeff.parallel.devices import Topology
+from lmeff.parallel.mesh import BATCH_AXES, ZERO_AXIS
+from lmeff.parallel.schedules import SCHEDULES, size_of
+from lmeff.plan.estimate import Estimate, Flow, Memory
+from lmeff.plan.hardware import Chip
+from lmeff.plan.job import Job
+from lmeff.plan.roofline import format_of
+from lmeff.plan.slices import ways
+from lmeff.report.words import size
+
+if TYPE_CHECKING:
+    from lmeff.plan.search import Search
+
+MUCH = 1e12  # bytes: a collective that bandwidth decides, not hops
+
+
+def notes(found: Estimate, chip: Chip, topology: Topology | None = None) -> tuple[str, ...]:
+    """What binds a plan and what to change."""
+    return (
+        room(found),
+        time(found),
+        *tensor(found.job, chip, topology),
+        *rows(found, chip, topology),
+        *slices(found.job, chip, topology),
+        *context(found.job, chip, topology),
+        *pipeline(found),
+    )
+
+
+def room(found: Estimate) -> str:
+    """Whether the fullest device has room, and what takes most of it."""
+    peak, job = found.peak, found.job
+    where = f" on stage {peak.stage} of the pipeline" if job.degrees["pipe"] > 1 else ""
+    verdict = "fits" if found.fits else "does not fit"
+    return f"{verdict}: {size(peak.total)} of {size(found.capacity)} on a device{where}; {_largest(peak)}"
+
+
+def _largest(memory: Memory, how_many: int = 3) -> str:
+    """The largest categories: "optimizer 7.5 GiB, gradients 3.7 GiB"."""
+    parts = {**memory.state, **memory.temporaries}
+    top = sorted(parts, key=lambda name: -parts[name])[:how_many]
+    return ", ".join(f"{name} {size(parts[name])}" for name in top if parts[name])
+
+
+def time(found: Estimate) -> str:
+    """Which part takes longest of a step, were nothing overlapped."""
+    parts = {name: seconds for name, seconds in found.time.parts.items() if seconds > 0}
+    top, whole = max(parts, key=lambda name: parts[name]), sum(parts.values())
+    others = sorted((name for name in parts if name != top), key=lambda name: -parts[name])[:2]
+    beside = "".join(f", {name} {brief(parts[name])}" for name in others)
+    return (
+        f"a step takes about {brief(found.time.middle)} ({brief(found.time.low)} to {brief(found.time.high)}), and {TOLD[top]} "
+        f"the most of it: {brief(parts[top])} at full rate, {parts[top] / whole:.0%} of all parts laid end to end{beside}"
+    )
+
+
+TOLD = {
+    "compute": "products take",
+    "memory": "reading and writing memory takes",
+    "network": "the network takes",
+    "bubble": "waiting for other stages of the pipeline takes",
+    "optimizer": "the optimizer's update takes",
+    "host": "copies to the host's memory and back take",
+}
+
+
+class Link(NamedTuple):
+    """What some axes of a mesh are joined by. bandwidth: bytes/s that a device sends in a gather. alpha: FLOPs that it could do for each of them."""
+
+    network: str
+    bandwidth: float
+    alpha: float
+
+
+def link(job: Job, chip: Chip, axes: tuple[str, ...], topology: Topology | None = None) -> Link:
+    """Of axes that are wider than 1."""
+    way = ways(job.degrees, chip, topology).along(axes)
+    bandwidth = MUCH * (way.size - 1) / way.size / way.gather(MUCH)
+    return Link(way.network, bandwidth, peak(job, chip) / bandwidth)
+
+
+def peak(job: Job, chip: Chip) -> float:
+    """FLOP/s of a device in the format that the job computes in."""
+    return chip.rate(format_of(job.policy.compute)) * chip.chips(job.devices) / job.devices
+
+
+def tensor(job: Job, chip: Chip, topology: Topology | None = None) -> Iterator[str]:
+    """Above F / alpha, collectives of activations take longer than the products between them (Scaling Book, chapter on training)."""
+    degree = job.degrees["tensor"]
+    if degree == 1:
+        return
+    found, ffn = link(job, chip, ("tensor",), topology), job.cfg.ffn
+    limit = ffn / found.alpha * 2 / _width(job)
+    verdict = f"is network-bound: above {limit:,.1f}" if degree > limit else f"is within {limit:,.1f}, up to which"
+    after = "collectives take longer than products" if degree > limit else "products take longer than collectives"
+    yield f"tensor {degree} {verdict} {after} ({_alpha(job, chip, found)}, F = {ffn:,})"
+
+
+def _alpha(job: Job, chip: Chip, found: Link) -> str:
+    return f"alpha {found.alpha:,.0f} = {peak(job, chip) / 1e12:,.0f} TFLOP/s / {found.bandwidth / 1e9:,.0f} GB/s of {found.network}"
+
+
+def _width(job: Job) -> int:
+    return jnp.dtype(job.policy.compute).itemsize
+
+
+def rows(found: Estimate, chip: Chip, topology: Topology | None = None) -> Iterator[str]:
+    """Tokens of a device against those that hide the gathers of its weights; where these are gathered once a step, what that takes."""
+    job = found.job
+    degree = job.degrees[ZERO_AXIS]
+    if degree == 1 or job.mesh.zero < 3:
+        yield from _summed(found)
+        return
+    if job.accumulate > 1 or job.degrees["pipe"] > 1:
+        took = _seconds(found.flows, ("all-gather",), (ZERO_AXIS,), "step")
+        yield f"fsdp {degree}: weights are gathered once a step, before anything computes: {brief(took)} that nothing hides, and every device holds them whole"
+        return
+    joined = link(job, chip, (ZERO_AXIS,), topology)
+    own, least = tokens_of_group(job), joined.alpha * _width(job) / 2
+    verdict = "above the" if own >= least else "below the"
+    hides = "that hide the gathers of weights" if own >= least else "that would hide the gathers of weights"
+    yield f"fsdp {degree}: {own:,.0f} tokens for each gathered weight are {verdict} {least:,.0f} {hides} ({_alpha(job, chip, joined)})"
+
+
+def tokens_of_group(job: Job) -> float:
+    """Tokens of a step that one whole copy of the weights multiplies: of devices that are no different parts of the model."""
+    degrees = job.degrees
+    groups = degrees["context"]
+    for axis in BATCH_AXES:
+        groups *= degrees[axis]
+    return job.rows * job.tokens / groups
+
+
+def _summed(found: Estimate) -> Iterator[str]:
+    ways_of_rows = {axis: n for axis, n in found.job.degrees.items() if axis in BATCH_AXES and n > 1}
+    if not ways_of_rows:
+        return
+    took = sum(f.seconds for f in found.flows if f.kind in SUMS and set(f.axes) & set(ways_of_rows))
+    named = " x ".join(f"{axis} {n}" for axis, n in ways_of_rows.items())
+    yield f"{named}: summing gradients takes {brief(took)} of the network"
+
+
+SUMS = ("all-reduce", "reduce-scatter")
+
+
+def _seconds(flows: tuple[Flow, ...], kinds: tuple[str, ...], axes: tuple[str, ...], loop: str) -> float:
+    return sum(flow.seconds for flow in flows if flow.kind in kinds and flow.axes == axes and flow.loop == loop)
+
+
+def slices(job: Job, chip: Chip, topology: Topology | None = None) -> Iterator[str]:
+    """Tokens of a slice against those that hide the sums of gradients between slices."""
+    degree = job.degrees["dcn"]
+    if degree == 1 or not chip.dcn:
+        return
+    hosts = job.devices / degree / (chip.host * chip.cores)
+    least = peak(job, chip) * job.devices / degree / (hosts * chip.dcn) * 2
+    own = job.rows * job.tokens / degree
+    verdict = "above" if own >= least else "below"
+    yield (
+        f"dcn {degree}: {own:,.0f} tokens of a slice are {verdict} the {least:,.0f} that hide the sums of float32 gradients between slices "
+        f"({chip.dcn / 1e9:,.0f} GB/s a host)"
+    )
+
+
+def context(job: Job, chip: Chip, topology: Topology | None = None) -> Iterator[str]:
+    """Keys and values go round while a device's queries attend: its FLOPs for each byte against alpha."""
+    degree, cfg = job.degrees["context"], job.cfg
+    if degree == 1 or job.mesh.sequence == "ulysses":
+        return
+    joined = link(job, chip, ("context",), topology)
+    seen = job.tokens if cfg.window is None else min(job.tokens, cfg.window)
+    # 4 H C FLOPs for each of a query's keys, half of them masked away; 2 K C numbers of each key, which a device gets of all other devices.
+    intensity = seen / 2 * 4 * cfg.heads / (2 * cfg.kv_heads * _width(job)) / degree
+    verdict = "hides" if intensity >= joined.alpha else "does not hide"
+    yield (
+        f"context {degree}: attention does {intensity:,.0f} FLOPs for each byte of keys and values that comes, which {verdict} them "
+        f"({_alpha(job, chip, joined)})"
+    )
+
+
+def bubble(job: Job) -> tuple[str, float]:
+    """The idle share of a pipeline's ticks, as a formula and a number; of schedules without a closed form the one of 1F1B."""
+    stages, count = job.degrees["pipe"], job.accumulate
+    chunks = size_of(job.mesh.schedule, stages, count, job.mesh.chunks).chunks
+    if job.mesh.schedule == "zb-h1":
+        return "(p-1)/(3m+p-1)", (stages - 1) / (3 * count + stages - 1)
+    formula = "(p-1)/(m+p-1)" if chunks == 1 else "(p-1)/(vm+p-1)"
+    return formula, (stages - 1) / (chunks * count + stages - 1)
+
+
+def pipeline(found: Estimate) -> Iterator[str]:
+    """The bubble of a pipeline, as its schedule has it and as the step waits."""
+    job = found.job
+    if job.degrees["pipe"] == 1 or job.mesh.schedule not in SCHEDULES:
+        return
+    formula, share = bubble(job)
+    waits = found.time.parts.get("bubble", 0.0)
+    yield (
+        f"pipe {job.degrees['pipe']}: of {job.mesh.schedule}'s ticks {formula} = {share:.0%} are idle; with ticks as long as their slowest stage, "
+        f"stages wait {brief(waits)} of a step"
+    )
+
+
+def setting(job: Job) -> str:
+    """A plan in a line: "fsdp 64 x tensor 4, ZeRO-3, remat full"."""
+    cut = {axis: n for axis, n in job.degrees.items() if n > 1}
+    parts = [" x ".join(f"{axis} {n}" for axis, n in cut.items()) or "one device"]
+    if "fsdp" in cut:
+        parts.append(f"ZeRO-{job.mesh.zero}")
+    if "context" in cut:
+        parts.append(job.mesh.sequence)
+    if "pipe" in cut:
+        chunks = "" if job.mesh.chunks is None else f" with {job.mesh.chunks} chunks"
+        parts.append(f"{job.mesh.schedule}{chunks} that keeps {job.mesh.stash}")
+    if job.accumulate > 1:
+        parts.append(f"{job.accumulate} microbatches")
+    return ", ".join([*parts, f"remat {job.remat}"])
+
+
+def choices(found: "Search", chip: Chip, topology: Topology | None = None) -> tuple[str, ...]:
+    """What a search says: the best plan and why, what was looked at, whether to pipeline, how the config's own plan compares."""
+    told = [counted(found)]
+    if not found.best:
+        return (*told, *nothing_fits(found))
+    best = found.best[0]
+    told.append(
+        f"best: {setting(best.job)}; {brief(best.time.middle)} a step, {size(best.peak.total)} of {size(best.capacity)} on a device"
+    )
+    told += [*as_simple(found), *whether_to_pipeline(found), *against_own(found), *best.notes[2:]]
+    return tuple(told)
+
+
+def counted(found: "Search") -> str:
+    """How many plans there were."""
+    refused = sorted(found.refused.items(), key=lambda item: -item[1].count)[:2]
+    why = "; ".join(f"{reason.count:,} of them cannot: {name}" for name, reason in refused)
+    return (
+        f"{found.looked:,} plans: {found.legal:,} can train{f' ({why} ...)' if why else ''}; the {found.close:,} that looked fastest were predicted, "
+        f"{found.fit:,} of them fit"
+    )
+
+
+def nothing_fits(found: "Search") -> Iterator[str]:
+    """How far the nearest plan is from fitting."""
+    if found.least is None:
+        yield "no plan can train; " + next((reason.example for reason in found.refused.values()), "")
+        return
+    peak, capacity = found.least.peak, found.least.capacity
+    yield (
+        f"no plan fits: the one that takes least, {setting(found.least.job)}, needs {size(peak.total)} of {size(capacity)} on a device: {_largest(peak)}. "
+        f"{relief(found.least)}"
+    )
+
+
+def relief(found: Estimate) -> str:
+    """What would make room, by what takes most of it."""
+    parts = {**found.peak.state, **found.peak.temporaries}
+    top = max(parts, key=lambda name: parts[name])
+    over = found.peak.total / found.capacity
+    return f"{RELIEFS.get(top, MORE)}, or take about {over:.1f} times as many devices"
+
+
+MORE = "Take a smaller batch or context"
+RELIEFS: Mapping[str, str] = {
+    "optimizer": "Set precision state=bfloat16 or optim.offload",
+    "parameters": "Set precision params=bfloat16",
+    "average": "Drop optim.ema",
+    "teacher": "Export the teacher to packed integers",
+}
+
+
+def as_simple(found: "Search") -> Iterator[str]:
+    """A plan with fewer choices that is about as fast as the best."""
+    simple, best = found.simple, found.best[0]
+    if simple is None or simple.job == best.job:
+        return
+    more = simple.time.middle / best.time.middle - 1
+    yield (
+        f"about as fast and simpler: {setting(simple.job)}; {brief(simple.time.middle)} a step ({more:+.1%}), {size(simple.peak.total)} of "
+        f"{size(simple.capacity)} on a device"
+    )
+
+
+def whether_to_pipeline(found: "Search") -> Iterator[str]:
+    """The best plan with a pipeline against the best without."""
+    plain, piped = found.plain, found.piped
+    if piped is None:
+        if plain is not None:
+            yield "do not pipeline: no plan with a pipeline was found that fits"
+        return
+    formula, share = bubble(piped.job)
+    if plain is None:
+        yield (
+            f"pipeline: no plan without one was found that fits; {setting(piped.job)} takes {brief(piped.time.middle)} a step, {formula} = {share:.0%} of its "
+            "ticks idle"
+        )
+        return
+    ours, theirs = piped.time, plain.time
+    more, saved = ours.middle / theirs.middle - 1, theirs.parts["network"] - ours.parts["network"]
+    network = f"it saves {brief(saved)} of the network" if saved > 0 else f"its network takes {brief(-saved)} more"
+    yield (
+        f"{'do not pipeline' if more > 0 else 'pipeline'}: the best plan with one ({setting(piped.job)}) takes {brief(ours.middle)} a step, "
+        f"{abs(more):.0%} {'more' if more > 0 else 'less'} than {brief(theirs.middle)} without; "
+        f"its bubble, {formula} = {share:.0%} of the ticks, costs {brief(ours.parts['bubble'])} and {network}"
+    )
+
+
+def against_own(found: "Search") -> Iterator[str]:
+    """The best plan against the one that the config has."""
+    own, best = found.own, found.best[0]
+    if own is None:
+        yield "the config's own plan cannot train on these devices"
+    elif own.job == best.job:
+        yield "the config's own plan is the best that was found"
+    elif not own.fits:
+        yield f"the config's own plan ({setting(own.job)}) does not fit: {size(own.peak.total)} of {size(own.capacity)}"
+    else:
+        more = own.time.middle / best.time.middle - 1
+        yield f"the config's own plan ({setting(own.job)}) takes {brief(own.time.middle)} a step, {more:+.1%} against the best"
+
+
+def brief(seconds: float) -> str:
+    """A time in three digits: "1.23 s", "45.6 ms", "789 us"."""
+    for unit, least in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= least:
+            return f"{seconds / least:.3g} {unit}"
+    return "0 s" if seconds == 0 else f"{seconds:.1e} s"
