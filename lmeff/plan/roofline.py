@@ -76,7 +76,7 @@ def step_time(job: Job, chip: Chip, work: Work, flows: Sequence[Flow], topology:
         "compute": sum(cost.compute for cost in costs),
         "memory": sum(cost.memory for cost in (*costs, between)),
         "network": _sum(f for f in flows if f.network != HOST),
-        "bubble": max(0.0, schedule_seconds(job, _passes(costs, FULL)) - sum(cost.seconds(FULL) for cost in costs)),
+        "bubble": _bubble(job, costs),
         "optimizer": update,
         "host": _sum(f for f in flows if f.network == HOST),
     }
@@ -96,6 +96,13 @@ def _total(job: Job, costs: Sequence[Cost], between: Cost, update: float, flows:
     computing += between.memory / rates.memory
     waits = network / rates.network + host if rates is SLOW else exposed(flows, computing, rates)
     return computing + update / rates.memory + waits
+
+
+def _bubble(job: Job, costs: Sequence[Cost]) -> float:
+    """Seconds at full rates that stages of a pipeline wait."""
+    if job.degrees[PIPE] == 1:
+        return 0.0
+    return max(0.0, schedule_seconds(job, _passes(costs, FULL)) - sum(cost.seconds(FULL) for cost in costs))
 
 
 def exposed(flows: Iterable[Flow], computing: float, rates: Rates) -> float:
