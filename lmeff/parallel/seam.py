@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lmeff.core.dims import split_einsum
 from lmeff.core.numerics import is_qtensor
 from lmeff.core.ops import FLOATING, Einsum, MakeOps, Numerics, lookup, make_ops, plain_einsum
 from lmeff.models.attention import attention
 from lmeff.models.mask import Mask
 from lmeff.parallel.context import context_attention
 from lmeff.parallel.experts import spread
-from lmeff.parallel.mesh import Layout
+from lmeff.parallel.mesh import WHOLE, Layout
 
 
 def layout_ops(layout: Layout, numerics: Numerics = FLOATING, product: Einsum = plain_einsum) -> MakeOps:
@@ -25,6 +26,33 @@ def layout_ops(layout: Layout, numerics: Numerics = FLOATING, product: Einsum = 
         spread=functools.partial(spread, layout),
         product=product,
     )
+
+
+def gathering_einsum(layout: Layout, remat: str) -> Einsum:
+    """`plain_einsum`, on TPUs with the weight brought whole over fsdp first.
+
+    Left to itself, XLA for TPUs multiplies the parts of a weight as they go round, and where D is summed over it adds up partial results in float32: twice
+    the activation in twice its width. A weight of one layer takes less. Not where everything is kept for the backward pass: that would keep the whole weights.
+    """
+    if layout.platform != "tpu" or not layout.axes("D") or remat == "none":
+        return plain_einsum
+
+    def einsum(equation: str, x: jax.Array, w: Any, *, site: str) -> jax.Array:
+        return plain_einsum(equation, x, gathered(layout, split_einsum(equation)[1], w), site=site)
+
+    return einsum
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def gathered(layout: Layout, letters: str, w: jax.Array) -> jax.Array:
+    """A weight of these letters, whole over fsdp; its gradient is cut as the weight was, so it is reduced where it is made."""
+    return layout.place(w, letters.replace("D", WHOLE))
+
+
+gathered.defvjp(
+    lambda layout, letters, w: (gathered(layout, letters, w), None),
+    lambda layout, letters, _, g: (layout.place(g, letters),),
+)
 
 
 def _attend(

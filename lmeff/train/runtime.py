@@ -18,7 +18,7 @@ from lmeff.models.transformer import Output, View, forward, identity_view, param
 from lmeff.parallel.layers import layer_scan
 from lmeff.parallel.mesh import Layout, partitions
 from lmeff.parallel.region import EXACT, Reducer, Region
-from lmeff.parallel.seam import layout_ops
+from lmeff.parallel.seam import gathering_einsum, layout_ops
 from lmeff.parallel.tiles import pinned
 from lmeff.train.local_updates import LocalUpdates
 from lmeff.train.optim import OptimConfig, make_optimizer
@@ -41,7 +41,7 @@ class Model(NamedTuple):
             params,
             batch,
             self.cfg,
-            make_ops=layout_ops(layout, self.numerics),
+            make_ops=layout_ops(layout, self.numerics, gathering_einsum(layout, remat)),
             view=self.view,
             view_state=state,
             ranges=ranges,
