@@ -38,7 +38,9 @@ def gathering_einsum(layout: Layout, remat: str) -> Einsum:
         return plain_einsum
 
     def einsum(equation: str, x: jax.Array, w: Any, *, site: str) -> jax.Array:
-        return plain_einsum(equation, x, gathered(layout, split_einsum(equation)[1], w), site=site)
+        letters = split_einsum(equation)[1]
+        # Not attention's: XLA then wants the stacks of all layers in another order and copies them whole.
+        return plain_einsum(equation, x, gathered(layout, letters, w) if "F" in letters else w, site=site)
 
     return einsum
 
