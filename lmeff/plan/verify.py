@@ -53,7 +53,7 @@ class Verification(NamedTuple):
     argument:    the state, the batch and what is frozen; arguments: the same by category, as `state_bytes` has them.
     output, alias: results, and how much of them lies where an argument lay.
     temp:        besides; on TPUs with the holes in the block of temporaries counted twice (see the module).
-    peak:        the largest sum of live buffers, None where the backend does not tell it.
+    peak:        the largest sum of live buffers; a CPU's leaves temporaries out. None where the backend does not tell it.
     host:        arguments and temporaries in the host's memory. code: of the program.
     seconds:     of compilation, tracing included.
     collectives: `{kind: {"axis+axis": bytes}}` that a device sends in a step, read off the program. On TPUs XLA turns gathers around a product into permutes.
