@@ -46,7 +46,7 @@ def predicted(job: Job, devices: list[Any]) -> dict[str, Any]:
     return {"arguments": round(held / MIB, 2), "temporaries": round(sum(found.values()), 2), "categories": found}
 
 
-def compiled(job: Job, devices: list[Any]) -> dict[str, float]:
+def compiled(job: Job, devices: list[Any]) -> dict[str, Any]:
     """MiB, from the compiler: `total` is arguments + outputs - aliases + temporaries."""
     began = time.perf_counter()
     found = memory(job, devices)
@@ -64,7 +64,9 @@ def devices_of(name: str | None, job: Job) -> list[Any]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Prints what was predicted now beside what was compiled."""
-    table = Table("kind", "case", "arguments", "of compiler", "temporaries", "of compiler", "total", "of compiler", "off by")
+    table = Table(
+        "kind", "case", "arguments", "of compiler", "temporaries", "of compiler", "total", "of compiler", "off by"
+    )
     errors: dict[str, list[float]] = {}
     for row in rows:
         name, job = KINDS[row["kind"]][row["case"]]

@@ -36,7 +36,9 @@ ORDER = ("none", "dots", "names", "save:attn_out", "full")  # from least to most
 def kept_bytes(remat: str, cfg: ModelConfig, layout: Layout, rows: int, tokens: int, dtype: Any) -> int:
     """Bytes a device keeps of all its layers under a policy, for a microbatch of so many rows [B, T] of the whole mesh."""
     sizes = local_sizes(cfg, layout, rows, tokens)
-    return -(-cfg.layers // layout.size(("pipe",))) * sum(x.bytes(sizes) for x in kept_arrays(remat, cfg, layout, tokens, dtype))
+    return -(-cfg.layers // layout.size(("pipe",))) * sum(
+        x.bytes(sizes) for x in kept_arrays(remat, cfg, layout, tokens, dtype)
+    )
 
 
 class Kept(NamedTuple):
@@ -58,7 +60,12 @@ def local_sizes(cfg: ModelConfig, layout: Layout, rows: int, tokens: int) -> dic
     """What a device has of each letter: T is time whole over tensor, t as the residual stream is cut; of experts A choices, M rows of buffers."""
     parts, shape = layout.size(("tensor",)), layout.mesh.shape
     length = tokens // shape["context"]
-    sizes = {**cfg.sizes, "B": rows // layout.size(BATCH_AXES), "T": length, "t": length // parts if length % parts == 0 else length}
+    sizes = {
+        **cfg.sizes,
+        "B": rows // layout.size(BATCH_AXES),
+        "T": length,
+        "t": length // parts if length % parts == 0 else length,
+    }
     for letter in "HKF":
         sizes[letter] = max(sizes[letter] // parts, 1)
     sizes["G"], sizes["c"] = sizes["H"] // sizes["K"], cfg.head_size // 2
@@ -73,7 +80,12 @@ def _expert_sizes(cfg: ModelConfig, sizes: Mapping[str, int], devices: int, toke
     found = {"E": held, "e": moe.experts, "k": moe.top_k, "f": moe.shared * sizes["F"]}
     if moe.capacity is None:
         tokens, most = own * devices, own * devices * min(moe.top_k, held)
-        return found | {"N": tokens, "A": tokens * moe.top_k, "M": padded_rows(most, held, block_size(most, held)), "Q": 0}
+        return found | {
+            "N": tokens,
+            "A": tokens * moe.top_k,
+            "M": padded_rows(most, held, block_size(most, held)),
+            "Q": 0,
+        }
     room = sizes["B"] * min(row_capacity(moe, tokens), sizes["T"])
     return found | {"N": own, "A": own * moe.top_k, "M": moe.experts * room, "Q": room * devices}
 
@@ -81,7 +93,9 @@ def _expert_sizes(cfg: ModelConfig, sizes: Mapping[str, int], devices: int, toke
 def kept_arrays(remat: str, cfg: ModelConfig, layout: Layout, tokens: int, dtype: Any) -> tuple[Kept, ...]:
     """What the gradient rule of one block is given besides weights and ids."""
     length, width = tokens // layout.mesh.shape["context"], cfg.head_size
-    platform = layout.platform if layout.mesh.shape["context"] == 1 else "cpu"  # rows that are cut have forms of their own
+    platform = (
+        layout.platform if layout.mesh.shape["context"] == 1 else "cpu"
+    )  # rows that are cut have forms of their own
     splash = form_of(platform, (1, length, 1, width), (1, length, 1, width)) == "splash"
     small = dataclasses.replace(
         cfg,
@@ -111,7 +125,7 @@ def _traced(remat: str, cfg: ModelConfig, platform: str, tokens: int, dtype: Any
     """The same of a small model whose sizes are all different."""
     rows, specs = 5, param_specs(cfg)["blocks"]
     x, ids = jax.ShapeDtypeStruct((rows, tokens, cfg.width), dtype), jax.ShapeDtypeStruct((rows, tokens), "int32")
-    batch = Batch(*[ids] * 4, jax.ShapeDtypeStruct(ids.shape, "float32"))
+    batch = Batch(ids, ids, ids, ids, jax.ShapeDtypeStruct(ids.shape, "float32"))
     ops = make_ops(attend=functools.partial(_attend, platform))({}).ops
 
     def pulled(x: Any, p: Any, batch: Batch) -> Any:
@@ -128,7 +142,9 @@ def _traced(remat: str, cfg: ModelConfig, platform: str, tokens: int, dtype: Any
 def _letters_by_size(cfg: ModelConfig, rows: int, tokens: int) -> dict[int, str]:
     """The letters of a dim of so many, those of two that are merged last; raises `KeyError` when asked for a size that no letters have."""
     layout = plan_layout(MeshPlan(), 1)
-    sizes = {letter: n for letter, n in local_sizes(cfg, layout, rows, tokens).items() if letter not in "etVL" and n > 1}
+    sizes = {
+        letter: n for letter, n in local_sizes(cfg, layout, rows, tokens).items() if letter not in "etVL" and n > 1
+    }
     pairs = {sizes[a] * sizes[b]: a + b for a, b in itertools.combinations(sizes, 2)}
     blocks = {tokens // 128: ""}  # a dim of the splash kernel's table of blocks, a few bytes for the whole batch
     return {**blocks, **pairs, **{n: letter for letter, n in reversed(sizes.items())}, 1: ""}

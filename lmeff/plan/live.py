@@ -1,8 +1,8 @@
 """What lives at the worst moment of a block's backward pass, of its forward pass, and of a chunk of the loss, in letters, by platform.
 
-Read off XLA's buffer assignments (`XLA_FLAGS=--xla_dump_to=...`, the values that are live where the temporaries' block is fullest), and named after what the
-model computes. A row `"BTF": (4, 3)` is four arrays in the dtype of compute and three in float32. `t` is time as the residual stream is cut, `T` time whole over
-tensor, M the rows of a buffer of experts.
+Read off XLA's buffer assignments (`XLA_FLAGS=--xla_dump_to=...`, the values that are live where the temporaries' block is fullest), and named after what
+the model computes. A row `"BTF": (4, 3)` is four arrays in the dtype of compute and three in float32. `t` is time as the residual stream is cut, `T` time whole
+over tensor, M the rows of a buffer of experts.
 """
 
 import math
@@ -31,7 +31,9 @@ class Saved(NamedTuple):
         policy = parse(remat, sites(cfg))
         everything, names = policy.kind == "none", set(policy.names)
         products = "product" in names or {f"{'mlp' if cfg.moe is None else 'moe'}.up"} <= names
-        return cls(everything, everything or "attn_out" in names, everything or "mlp_hidden" in names, everything or products)
+        return cls(
+            everything, everything or "attn_out" in names, everything or "mlp_hidden" in names, everything or products
+        )
 
 
 def total(live: Live, sizes: Mapping[str, int], narrow: int) -> float:
@@ -65,7 +67,10 @@ def _cpu(layout: Layout, cfg: ModelConfig, saved: Saved) -> Live:
         "BtD": (3, 0),  # the block's input, what attention made of it, the gradient of the output
         "BTD": (4, 0),  # both norms' outputs, as they are and transposed for the gradients of weights
         "BTHC": (0, 0) if saved.attention else (1, 1),  # attention's output, by units and transposed
-        _hidden(cfg): (3 if saved.hidden else 4, 3),  # sigmoid, hidden, gradients of up and gate; up, gate, gradient of hidden
+        _hidden(cfg): (
+            3 if saved.hidden else 4,
+            3,
+        ),  # sigmoid, hidden, gradients of up and gate; up, gate, gradient of hidden
     }
     if cfg.moe is not None:
         # Rows as they are sent, the gradient of what comes back; and of products in a loop the zeroed results.
@@ -87,7 +92,10 @@ def _tpu(layout: Layout, cfg: ModelConfig, saved: Saved) -> Live:
     """Weights that are cut over fsdp are multiplied as they arrive, and the sum so far is float32 (collective matmul): the gradient of hidden at the peak."""
     again = 0 if saved.products else 2
     return {
-        "BtD": (4, 0),  # the block's input, sliced and as it is used, what attention made of it, the gradient of the output
+        "BtD": (
+            4,
+            0,
+        ),  # the block's input, sliced and as it is used, what attention made of it, the gradient of the output
         "BTD": (2, 0),  # both norms' outputs
         "BTHC": (1 if saved.attention else 3, 0),  # q, attention's output as the kernel left it and masked
         "BTKC": (2, 0),
@@ -109,8 +117,9 @@ def attention_loop(layout: Layout) -> Live:
 def loss_rows(layout: Layout, of_teacher: bool, taught: bool) -> tuple[int, int]:
     """(logits [N, V], heads [V, D]) in float32 of a chunk: the student's logits, their softmax, and beside a teacher's as much again for the divergence.
 
-    Heads: in float32, its gradient so far, and that of the chunk.
+    Heads: in float32, its gradient so far, and that of the chunk. A TPU's fusions leave one array of logits, and add to the gradient in place.
     """
+    tpu = layout.platform == "tpu"
     if of_teacher:
-        return 2, 0
-    return (4 if taught else 2), 3
+        return (1 if tpu else 2), 0
+    return (2 if taught else 1) * (1 if tpu else 2), (2 if tpu else 3)

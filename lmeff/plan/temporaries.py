@@ -27,13 +27,21 @@ from lmeff.plan.live import Live, Saved, attention_loop, ffn_backward, ffn_forwa
 
 Bytes = dict[str, float]
 FLOAT = 4  # bytes of a float32
+SCRATCH = 64 * 2**20  # libtpu's `scoped_hbm_for_all_reduce`, 65,536 KiB in every program that was dumped (0.0.42.1)
 
 
-def temporary_bytes(job: Job, stage: int = 0) -> dict[str, int]:
-    """Bytes of temporaries on a device of that stage of the pipeline, at the step's peak, by category. All stages run one program and reserve alike."""
+def temporary_bytes(job: Job, stage: int = 0, *, vector_memory: int = 0) -> dict[str, int]:
+    """Bytes of temporaries on a device of that stage of the pipeline, at the step's peak, by category. All stages run one program and reserve alike.
+
+    vector_memory: bytes on a TPU's chip that XLA may keep arrays of a block in instead; none is the safe guess.
+    """
     device = Device(job=job)
     phases = PIPELINED if device.schedule is not None else STRAIGHT
     peak = max((phase(device) for phase in phases), key=lambda phase: sum(phase.values()))
+    if "block" in peak and device.layout.platform == "tpu":
+        peak["block"] = max(peak["block"] - vector_memory, 0)
+    if device.layout.platform == "tpu" and not device.layout.single:
+        peak["scratch"] = SCRATCH
     return {name: round(size) for name, size in peak.items() if round(size)}
 
 
@@ -120,7 +128,9 @@ class Part:
     def layers(self) -> int:
         """Layers on the device; of a pipeline those of all its slices, with padding."""
         schedule = self.device.schedule
-        return self.cfg.layers if schedule is None else schedule.chunks * layer_table(schedule, self.cfg.layers).shape[-1]
+        return (
+            self.cfg.layers if schedule is None else schedule.chunks * layer_table(schedule, self.cfg.layers).shape[-1]
+        )
 
     @property
     def layer(self) -> float:
@@ -152,12 +162,15 @@ class Part:
 # ---- what goes from phase to phase
 
 
-def _through(device: Device) -> Bytes:
-    """From the first layer's forward pass to the last one's backward pass: gradients, and in a region weights that are whole."""
+def _through(device: Device, copies: int = 2) -> Bytes:
+    """From the first layer's forward pass to the last one's backward pass: gradients, and in a region weights that are whole.
+
+    copies: of gradients while microbatches are added up: the sum so far, and what a microbatch adds.
+    """
     student, wide = device.student, jnp.dtype(device.job.policy.params).itemsize
     if not device.region:
         return {"gradients": wide * student.elements(held=True)}
-    copies = 2 if device.job.accumulate > 1 and device.schedule is None else 1  # the sum so far, and what a microbatch adds
+    copies = copies if device.job.accumulate > 1 and device.schedule is None else 1
     whole = student.elements(held=False)
     gathered = device.job.mesh.zero == 3 and device.job.degrees[ZERO_AXIS] > 1
     return {"gradients": copies * wide * whole, "gathered weights": wide * whole * gathered}
@@ -184,7 +197,10 @@ def _compression(device: Device) -> Bytes:
 
 
 def _sum(*parts: Bytes) -> Bytes:
-    return {name: sum(part.get(name, 0) for part in parts) for name in dict.fromkeys(name for part in parts for name in part)}
+    return {
+        name: sum(part.get(name, 0) for part in parts)
+        for name in dict.fromkeys(name for part in parts for name in part)
+    }
 
 
 # ---- phases without a pipeline
@@ -200,13 +216,14 @@ def backward(device: Device) -> Bytes:
 
 
 def loss(device: Device) -> Bytes:
-    """A chunk of tokens: logits and what becomes of them, the head's gradient, hidden states; a teacher's beside the student's."""
-    student, gone = device.student, _through(device)
+    """A chunk of tokens: logits and what becomes of them, the head's gradient, hidden states; a teacher's beside the student's.
+
+    XLA makes room for gradients when the backward pass begins; of a region those of earlier microbatches are there.
+    """
+    student = device.student
     kept = {"kept activations": student.layers * student.kept(device.remat)}
-    if not device.region:
-        gone = {}  # XLA makes room for gradients when the backward pass begins
-    hidden = {"logits": student.bytes({"BtD": (2, 0)})}
-    return _sum(gone, kept, hidden, _chunk(device))
+    through = _through(device, copies=1) if device.region else {}
+    return _sum(through, kept, {"logits": student.bytes({"BtD": (2, 0)})}, _chunk(device))
 
 
 def _chunk(device: Device) -> Bytes:
@@ -235,10 +252,11 @@ def teaching(device: Device) -> Bytes:
 
 
 def update(device: Device) -> Bytes:
-    """The optimizer: gradients and, as large, updates; clipping by the global norm keeps it from going leaf by leaf."""
-    grads = jnp.dtype(device.job.policy.params).itemsize * device.student.elements(held=True)
-    whole = FLOAT * device.student.elements(held=False) if device.region else 0  # before it is reduced
-    return {"gradients": max(grads, whole), "optimizer update": FLOAT * device.student.elements(held=True)}
+    """The optimizer: clipping by the global norm has it wait for all gradients. On the CPU updates are as large; a TPU adds them as it makes them."""
+    student, wide = device.student, jnp.dtype(device.job.policy.params).itemsize
+    grads = wide * student.elements(held=not device.region)  # in a region they are whole until they are reduced
+    updates = 0 if device.layout.platform == "tpu" else FLOAT * student.elements(held=True)
+    return {"gradients": grads, "optimizer update": updates}
 
 
 # ---- phases of a pipeline
@@ -262,7 +280,9 @@ def stashes(device: Device) -> Bytes:
     assert device.schedule is not None
     slots: SlotCounts = compile_schedule(device.schedule, STASHES[plan.stash].until).slots
     layers = _slice_layers(device)
-    stream = student.bytes({"BtD": (1, 0)}) * (1 if device.teacher is None else 1 + device.teacher.cfg.width / student.cfg.width)
+    stream = student.bytes({"BtD": (1, 0)}) * (
+        1 if device.teacher is None else 1 + device.teacher.cfg.width / student.cfg.width
+    )
     inputs, outputs = (layers * student.bytes(rows) for rows in (_inputs(student.cfg), _outputs(student.cfg)))
     if plan.stash == "input":
         stash, pending = stream, inputs + outputs

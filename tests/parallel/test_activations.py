@@ -56,7 +56,7 @@ def test_a_budget_takes_the_least_recomputation_that_fits():
 
 def test_offloading_needs_memory_that_devices_reach():
     device = SimpleNamespace(addressable_memories=lambda: [SimpleNamespace(kind="device")])
-    layout = SimpleNamespace(mesh=SimpleNamespace(devices=SimpleNamespace(flat=[device])), platform="npu")
+    layout = SimpleNamespace(mesh=SimpleNamespace(devices=SimpleNamespace(flat=[device])), platform="npu", kind=None)
     with pytest.raises(
         ConfigError, match=r"optim\.offload: got True, expected .*'pinned_host'; npu devices here have device"
     ):

@@ -69,7 +69,14 @@ def tpu(topology, mesh, cfg=SMALL, rows_each=2, tokens=2048, **fields):
     given = {"precision": MIXED, "remat": "full", **fields}
     rows = groups * rows_each * given.get("accumulate", 1)
     return topology, Job(
-        name="tpu", student=Shape(cfg=cfg), mesh=mesh, devices=devices, platform="tpu", rows=rows, tokens=tokens, **given
+        name="tpu",
+        student=Shape(cfg=cfg),
+        mesh=mesh,
+        devices=devices,
+        platform="tpu",
+        rows=rows,
+        tokens=tokens,
+        **given,
     )
 
 
