@@ -42,7 +42,8 @@ def bytes_of(plans: Plans) -> Column:
     piped = c["pipe"] > 1
     kept = _kept(plans) * s.tokens * plans.job.cfg.layers / (c["pipe"] * c["chunks"])
     backward = gradients + gathered + kept + np.where(piped, _stash(plans, s, kept), 0)
-    update = np.where(now, np.maximum(4 * s.own, held * s.parameters), held * s.parameters) + 4 * held
+    # A TPU adds updates as it makes them.
+    update = s.parameters * np.where(now, s.own, held) + (plans.job.platform != "tpu") * 4 * held
     return state + np.maximum(backward, update)
 
 
@@ -69,11 +70,8 @@ def _kept(plans: Plans) -> Column:
     _, first, inverse = np.unique(kinds, return_index=True, return_inverse=True)
     found = []
     for job in (plans.at(int(row)) for row in first):
-        ways, layers = (
-            math.prod(job.degrees[axis] for axis in (*BATCH_AXES, "context")),
-            -(-job.cfg.layers // job.degrees["pipe"]),
-        )
-        rows = job.rows // job.accumulate
+        ways = math.prod(job.degrees[axis] for axis in (*BATCH_AXES, "context"))
+        layers, rows = -(-job.cfg.layers // job.degrees["pipe"]), job.rows // job.accumulate
         size = kept_bytes(job.remat, job.cfg, job.layout, rows, job.tokens, job.policy.compute)
         found.append(size * ways / (layers * rows * job.tokens))
     return np.array(found)[inverse]
