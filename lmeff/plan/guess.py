@@ -57,16 +57,19 @@ def _stash(plans: Plans, s: Sizes, kept: Column) -> Column:
     inputs = layers * (heads + streams + ffn)
     outputs = layers * (heads + 2 * cfg.kv_heads * cfg.head_size / c["tensor"] + streams + (1 + cfg.gated) * ffn)
     stream = s.tokens * s.compute * cfg.width / c["tensor"]
-    flying = np.minimum(c["accumulate"] * c["chunks"], c["pipe"] * c["chunks"] + (c["chunks"] > 1) * (c["pipe"] - 1))
+    most = np.where(
+        has_schedule(plans, "gpipe"), c["accumulate"], c["pipe"] * c["chunks"] + (c["chunks"] > 1) * (c["pipe"] - 1)
+    )
+    flying = np.minimum(c["accumulate"] * c["chunks"], most)
     waiting = np.where(has_schedule(plans, "zb-h1"), flying, 1)
     first, second = np.where(stashes_inputs(plans), [stream, inputs + outputs], [stream + kept + inputs, outputs])
     return 2 * ((flying + 1) * first + (waiting + 1) * second) + 4 * stream
 
 
 def _kept(plans: Plans) -> Column:
-    """Bytes that a layer keeps of a token of its own, by remat policy, exactly."""
+    """Bytes that a layer keeps of a token of its own: exactly, but for buffers of experts, which are padded to whole blocks."""
     c = plans.columns
-    kinds = ((c["remat"] * 64 + c["precision"]) * 4096 + c["tensor"]) * 2 + (c["context"] > 1)
+    kinds = (((c["remat"] * 64 + c["precision"]) * 4096 + c["tensor"]) * 4096 + c["expert"]) * 2 + (c["context"] > 1)
     _, first, inverse = np.unique(kinds, return_index=True, return_inverse=True)
     found = []
     for job in (plans.at(int(row)) for row in first):
@@ -78,20 +81,23 @@ def _kept(plans: Plans) -> Column:
 
 
 def _computing(plans: Plans, chip: Chip) -> Column:
-    """Products, attention and what lies between them, with the bubble: in a pipeline a tick lasts as long as the longest of its passes."""
+    """Products, attention and what lies between them, with the bubble: a tick of a pipeline lasts as long as the longest pass in it, of GPipe's all alike."""
     c, job = plans.columns, plans.job
     kinds = ((c["remat"] * 64 + c["precision"]) * 2 + (c["pipe"] > 1)) * 2 + stashes_inputs(plans)
     _, first, inverse = np.unique(kinds, return_index=True, return_inverse=True)
-    each = np.array([_passes(plans, int(row), chip) for row in first]).reshape(len(first), 3)[inverse]
-    whole, longest, ends = each.T
+    each = np.array([_passes(plans, int(row), chip) for row in first]).reshape(len(first), 4)[inverse]
+    whole, once, longest, ends = each.T
     ramp = (c["pipe"] - 1) * np.where(has_schedule(plans, "zb-h1"), 1, 3)
     slices = c["accumulate"] * c["chunks"]
     layers = -(-job.cfg.layers // (c["pipe"] * c["chunks"])) * c["pipe"] * c["chunks"] / job.cfg.layers
-    return np.where(c["pipe"] > 1, (3 * slices + ramp) / slices * longest * layers + ends * c["pipe"], whole)
+    mixed = (3 * slices + ramp) / slices * longest
+    alike = (c["accumulate"] + c["pipe"] - 1) / c["accumulate"] * once
+    piped = np.where(has_schedule(plans, "gpipe"), alike, mixed) * layers + ends * c["pipe"]
+    return np.where(c["pipe"] > 1, piped, whole)
 
 
-def _passes(plans: Plans, row: int, chip: Chip) -> tuple[float, float, float]:
-    """Seconds of computing of a device: all together, of the longest of the three passes of its layers, and of the head, for which all stages wait."""
+def _passes(plans: Plans, row: int, chip: Chip) -> tuple[float, float, float, float]:
+    """Seconds of computing of a device: all together, of its layers, of the longest of their three passes, and of the head, for which all stages wait."""
     job = plans.at(row)
     found = work(job)
     flops = sum(part for name, part in found.parts.items() if name not in ("optimizer", "padding"))
@@ -100,4 +106,5 @@ def _passes(plans: Plans, row: int, chip: Chip) -> tuple[float, float, float]:
     ends = 3 * sum(site.flops for site in found.sites if site.layers <= 1) / rate
     forward = sum(site.flops * site.visible for site in found.sites if site.layers > 1) / rate
     weights = sum(site.flops for site in found.sites if site.layers > 1 and site.kind == "product") / rate
-    return flops / rate + between, max(forward, flops / rate - ends - forward - weights), ends
+    layers = flops / rate - ends
+    return flops / rate + between, layers, max(forward, layers - forward - weights), ends

@@ -28,7 +28,9 @@ class Links(NamedTuple):
 
 GROUPS = {
     "fsdp": ("fsdp",), "tensor": ("tensor",), "context": ("context",), "expert": ("expert",), "pipe": ("pipe",),
-    "rows": ("dcn", "data", "expert"), "rows and fsdp": BATCH_AXES, "copies": ("dcn", "data"), "copies and fsdp": ("dcn", "data", "fsdp"),
+    "rows": ("dcn", "data", "expert"), "rows and fsdp": BATCH_AXES, "rows and context": ("dcn", "data", "expert", "context"),
+    "copies": ("dcn", "data"), "copies and fsdp": ("dcn", "data", "fsdp"), "copies and context": ("dcn", "data", "context"),
+    "all copies": ("dcn", "data", "fsdp", "context"),
 }  # fmt: skip
 MUCH = 1e9
 
@@ -59,23 +61,41 @@ def network(plans: Plans, s: Sizes, links: Links) -> Three:
 
 def _weights(plans: Plans, s: Sizes, links: Links) -> Three:
     """Gathers of parameters and sums of gradients; those of experts go by rules of their own."""
-    c, zero, now = plans.columns, plans.columns["zero"], region(plans.columns)
-    fsdp = links.gather["fsdp"]
+    c, now, fsdp = plans.columns, region(plans.columns), links.gather["fsdp"]
     dense, again = s.own - s.routed, _again(plans).any
-    gather = np.where(~now & (zero == 3), (2 * dense + (1 + again) * s.routed) * s.compute * fsdp, 0)
-    sums = _sums(links, c, dense, np.where(now, zero == 3, zero >= 2), np.where(now, s.parameters, 4), "rows")
-    sums += _sums(links, c, s.routed, zero == 3, np.where(now, s.parameters, s.compute), "copies")
-    once = np.where((zero < 3) | now, s.own * s.parameters * fsdp, 0)
-    own = np.where(now | (zero < 2), dense, dense / c["fsdp"])
-    inner = 2 * (4 * own + np.where(now, s.compute * s.routed, 0)) * c["accumulate"] * links.gather["context"]
-    head = 2 * s.outer * 4 / c["fsdp"] * links.gather["rows"]
-    return gather, np.where(now, 0, sums) + inner, np.where(now, sums, head) + once
+    whole = c["zero"] == 3
+    gather = np.where(~now & whole, (2 * dense + (1 + again) * s.routed) * s.compute * fsdp, 0)
+    once = np.where(~whole | now, s.own * s.parameters * fsdp, 0)
+    inner = 2 * s.compute * _in_microbatches(plans, s, dense) * c["accumulate"] * links.gather["context"]
+    head = 2 * s.outer * s.compute / c["fsdp"] * links.gather["rows"]
+    late = np.where(now, 0, _placed_sums(c, s, dense, links)) + inner
+    return gather, late, np.where(now, _region_sums(c, s, dense, links), head) + once
 
 
-def _sums(links: Links, c: dict[str, Column], own: Column, scattered: Column, width: Column, over: str) -> Column:
-    """Seconds of gradients that are summed over some axes, and over fsdp scattered or not."""
-    apart = own * links.gather["fsdp"] + 2 * own / c["fsdp"] * links.gather[over]
-    return width * np.where(scattered, apart, 2 * own * links.gather[f"{over} and fsdp"])
+def _placed_sums(c: dict[str, Column], s: Sizes, dense: Column, links: Links) -> Column:
+    """Of gradients in an automatic step. What is scattered is float32; experts are summed whole and then scattered."""
+    over, apart = links.gather, c["fsdp"] > 1
+    scattered = 4 * dense * over["fsdp"] + 2 * s.compute * dense / c["fsdp"] * over["rows and context"]
+    layers = np.where(apart & (c["zero"] >= 2), scattered, 2 * s.compute * dense * over["rows and fsdp"])
+    cut = 2 * over["copies and context"] + over["fsdp"]
+    return layers + s.compute * s.routed * np.where(apart & (c["zero"] == 3), cut, 2 * over["all copies"])
+
+
+def _region_sums(c: dict[str, Column], s: Sizes, dense: Column, links: Links) -> Column:
+    """Of gradients in a region, in the dtype of the parameters."""
+    over, found = links.gather, 2 * s.outer * links.gather["pipe"]
+    for own, axes in ((dense, "rows"), (s.routed, "copies")):
+        scattered = own * over["fsdp"] + 2 * own / c["fsdp"] * over[axes]
+        found = found + np.where(c["zero"] == 3, scattered, 2 * own * over[f"{axes} and fsdp"])
+    return s.parameters * found
+
+
+def _in_microbatches(plans: Plans, s: Sizes, dense: Column) -> Column:
+    """Gradients that are summed over context in every microbatch: of layers, and in a region of experts and ends; a pipeline has one end on a stage."""
+    c, cfg = plans.columns, plans.job.cfg
+    scattered = (c["zero"] >= 2) & (c["fsdp"] > 1)
+    ends = s.outer * (2 if cfg.tied else 1) / np.where(c["pipe"] > 1, 2, 1)
+    return np.where(region(c), dense - s.outer + s.routed + ends, np.where(scattered, 0, dense - s.outer))
 
 
 class _Again(NamedTuple):

@@ -33,7 +33,7 @@ class Space:
     """What is varied; every choice is tried with every other.
 
     zero:      stages of ZeRO, where fsdp cuts anything. Stage 0 is the same as data parallelism.
-    pipelines: with a pipeline. GPipe is left out: it has 1F1B's bubble and keeps as many microbatches as there are, never fewer.
+    pipelines: with a pipeline. GPipe keeps most, but its stages run the same pass at a time, so that none waits for a longer one.
     pipe:      the most stages; 1 does not pipeline. rounds: the most microbatches, in times of the stages.
     remat:     policies. sequence: forms of context parallelism. context: the most parts of a sequence.
     precision: policies of precision; none takes the job's own.
@@ -42,7 +42,13 @@ class Space:
     zero: tuple[int, ...] = (1, 2, 3)
     pipelines: tuple[Pipelined, ...] = tuple(
         Pipelined(schedule, chunks, stash)
-        for schedule, chunks in (("1f1b", None), ("interleaved", 2), ("interleaved", 4), ("zb-h1", None))
+        for schedule, chunks in (
+            ("1f1b", None),
+            ("interleaved", 2),
+            ("interleaved", 4),
+            ("zb-h1", None),
+            ("gpipe", None),
+        )
         for stash in ("input", "residuals")
     )
     pipe: int = 64
