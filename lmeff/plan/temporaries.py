@@ -111,7 +111,7 @@ class Part:
         return local_sizes(self.cfg, self.device.layout, self.device.rows, self.device.job.tokens)
 
     @cached_property
-    def leaves(self) -> list[Leaf]:
+    def leaves(self) -> tuple[Leaf, ...]:
         """The parameters, sized whole over fsdp."""
         return leaves_of(self.cfg, self.device.layout)
 
