@@ -17,7 +17,7 @@ from lmeff.core.errors import ConfigError
 from lmeff.parallel.mesh import AXES, MeshPlan
 from lmeff.parallel.schedules import size_of
 from lmeff.plan.job import Job
-from lmeff.plan.legal import illegal
+from lmeff.plan.legal import check_mesh, check_pipeline, illegal
 
 
 class Pipelined(NamedTuple):
@@ -112,10 +112,13 @@ def plans(job: Job, devices: int, space: Space) -> Plans:
         zeros = space.zero if degrees["fsdp"] > 1 else space.zero[-1:]
         inner = list(itertools.product(zeros, range(len(space.remat))))
         counts = microbatches(job.rows, degrees, space.rounds)
+        reasons: dict[tuple[int, int], str | None] = {}  # of the mesh: whatever the pipeline
         for sequence, pipeline, count, precision in _outer(degrees, counts, job, space):
             looked += len(inner)
-            tried = _job(job, degrees, sequence, pipeline, count, precision, space)
-            reason = illegal(tried)
+            tried, key = _job(job, degrees, sequence, pipeline, count, precision, space), (sequence, precision)
+            if key not in reasons:
+                reasons[key] = illegal(tried, check_mesh)
+            reason = reasons[key] or illegal(tried, check_pipeline)
             if reason is None:
                 head = (at, *degrees.values(), sequence, pipeline, count, precision, _chunks(tried))
                 found += [(*head, *rest) for rest in inner]
