@@ -37,13 +37,16 @@ def bytes_of(plans: Plans) -> Column:
     state = held * s.parameters + 2 * s.state * s.own / np.where(c["zero"] > 0, c["fsdp"], 1)
     now = region(c)
     copies = np.where((c["accumulate"] > 1) & (c["pipe"] == 1), 2, 1)
-    gradients = s.parameters * np.where(now, copies * s.own, held)
+    short = 0 if plans.job.platform != "tpu" or plans.job.cfg.tied else 0.5 * s.outer / s.own
+    gradients = s.parameters * np.where(now, copies * s.own, (1 - short) * held)
     gathered = np.where(now & (c["zero"] == 3) & (c["fsdp"] > 1), s.own * s.parameters, 0)
     piped = c["pipe"] > 1
     kept = _kept(plans) * s.tokens * plans.job.cfg.layers / (c["pipe"] * c["chunks"])
     backward = gradients + gathered + kept + np.where(piped, _stash(plans, s, kept), 0)
-    # A TPU adds updates as it makes them.
-    update = s.parameters * np.where(now, s.own, held) + (plans.job.platform != "tpu") * 4 * held
+    # A TPU adds updates as it makes them, and has the table's gradient no longer than it needs.
+    update = np.where(
+        now, s.parameters * s.own, (1 - short) * held * (s.parameters + 4 * (plans.job.platform != "tpu"))
+    )
     return state + np.maximum(backward, update)
 
 
