@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from lmeff.compress.config import Quantize
 from lmeff.distill.objectives import CHUNK, rows_at_once, shared_axes
 from lmeff.models.config import ModelConfig
-from lmeff.parallel.activations import kept_arrays, local_sizes
+from lmeff.parallel.activations import layer_bytes, local_sizes
 from lmeff.parallel.mesh import ZERO_AXIS, Layout
 from lmeff.parallel.program import SlotCounts, slots
 from lmeff.parallel.schedules import resolve
@@ -194,10 +194,9 @@ class Part:
         return total(live, self.sizes, self.device.narrow)
 
     def kept(self, remat: str) -> float:
-        """Of one layer, from its forward to its backward pass."""
-        job = self.device.job
-        arrays = kept_arrays(remat, self.cfg, self.device.layout, job.tokens, job.policy.compute)
-        return sum(array.bytes(self.sizes) for array in arrays)
+        """Bytes of one layer, from its forward to its backward pass."""
+        device = self.device
+        return layer_bytes(remat, self.cfg, device.layout, device.rows, device.job.tokens, device.job.policy.compute)
 
     @property
     def saved(self) -> Saved:
@@ -276,6 +275,14 @@ def backward(device: Device) -> Bytes:
     kept = {"kept activations": student.layers * student.kept(device.remat)}
     own = {"block": block + student.bytes(attention_loop(device.layout))}
     return _sum(_through(device), _layer_weights(device, student), _compression(device), kept, own)
+
+
+def forward(device: Device) -> Bytes:
+    """The ffn of the last layer, going forward."""
+    student = device.student
+    kept = {"kept activations": student.layers * student.kept(device.remat)}
+    through = _through(device, copies=1) if device.region else {}
+    return _sum(through, kept, {"block": student.bytes(ffn_forward(device.layout, student.cfg))})
 
 
 def loss(device: Device) -> Bytes:
@@ -370,5 +377,5 @@ def _outputs(cfg: ModelConfig) -> Live:
     return {"BTHC": (1, 0), "BTKC": (2, 0), **ffn}
 
 
-STRAIGHT = (backward, loss, teaching, update)
+STRAIGHT = (forward, backward, loss, teaching, update)
 PIPELINED = (pipelined_backward, update)
