@@ -1,6 +1,7 @@
 """Whether a job could train at all: the checks that training makes, asked of a plan that nobody wrote."""
 
 import functools
+from collections.abc import Callable
 
 from lmeff.config.validate import check_cuts, check_rows, check_schedule, check_slices, check_synchronization
 from lmeff.core.errors import ConfigError
@@ -13,10 +14,11 @@ from lmeff.plan.job import Job
 from lmeff.train.optim import check_state
 
 
-def illegal(job: Job) -> str | None:
-    """Why a job cannot train, in one line; None where it can. Whether it fits in memory is another question."""
+def illegal(job: Job, *checks: Callable[[Job], None]) -> str | None:
+    """Why a job cannot train, in one line; None where it can. Whether it fits in memory is another question. checks: some of them; none asks all."""
     try:
-        check(job)
+        for each in checks or (check,):
+            each(job)
     except ConfigError as error:
         return str(error)
     return None
@@ -24,6 +26,19 @@ def illegal(job: Job) -> str | None:
 
 def check(job: Job) -> None:
     """Raises `ConfigError` for the first thing that cannot work."""
+    check_mesh(job)
+    check_pipeline(job)
+
+
+def check_pipeline(job: Job) -> None:
+    """What the schedule decides: it suits the stages and the microbatches, and the model has layers enough."""
+    size = check_schedule(job.mesh, job.degrees["pipe"], job.accumulate)
+    if size is not None:
+        check_slices(size, job.cfg, f"stage '{job.name}'")
+
+
+def check_mesh(job: Job) -> None:
+    """All else."""
     degrees = job.degrees
     check_rows("train.batch", job.rows, degrees, job.accumulate)
     check_tokens("data.sequence", job.mesh.sequence, job.tokens, degrees["context"])
@@ -32,9 +47,6 @@ def check(job: Job) -> None:
         reason = shape and _uncut(job.mesh.sequence, shape.cfg, tuple(degrees[axis] for axis in AXES))
         if reason:
             raise ConfigError(reason)
-    size = check_schedule(job.mesh, degrees["pipe"], job.accumulate)
-    if size is not None:
-        check_slices(size, job.cfg, f"stage '{job.name}'")
     check_synchronization(job.reduce, job.local, job.precision, {"optim": job.optim}, degrees)
     check_state(job.optim, job.policy)
     parse_remat(job.remat, sites(job.cfg))

@@ -17,8 +17,8 @@ from lmeff.plan.hardware import Chip
 from lmeff.plan.job import Job
 from lmeff.plan.legal import illegal
 from lmeff.plan.predict import fullest, predict, seconds
+from lmeff.plan.reasons import choices
 from lmeff.plan.space import Plans, Refused, Space, plans
-from lmeff.plan.words import choices
 
 
 class Found(NamedTuple):
@@ -219,4 +219,4 @@ def _told(
         refused=tried.refused,
         reasons=(),
     )
-    return result._replace(reasons=choices(result, chip, topology))
+    return result._replace(reasons=choices(result))

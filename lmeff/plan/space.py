@@ -17,7 +17,7 @@ from lmeff.core.errors import ConfigError
 from lmeff.parallel.mesh import AXES, MeshPlan
 from lmeff.parallel.schedules import size_of
 from lmeff.plan.job import Job
-from lmeff.plan.legal import illegal
+from lmeff.plan.legal import check_mesh, check_pipeline, illegal
 
 
 class Pipelined(NamedTuple):
@@ -33,7 +33,7 @@ class Space:
     """What is varied; every choice is tried with every other.
 
     zero:      stages of ZeRO, where fsdp cuts anything. Stage 0 is the same as data parallelism.
-    pipelines: with a pipeline. GPipe is left out: it has 1F1B's bubble and keeps as many microbatches as there are, never fewer.
+    pipelines: with a pipeline. GPipe keeps most, but its stages run the same pass at a time, so that none waits for a longer one.
     pipe:      the most stages; 1 does not pipeline. rounds: the most microbatches, in times of the stages.
     remat:     policies. sequence: forms of context parallelism. context: the most parts of a sequence.
     precision: policies of precision; none takes the job's own.
@@ -42,7 +42,13 @@ class Space:
     zero: tuple[int, ...] = (1, 2, 3)
     pipelines: tuple[Pipelined, ...] = tuple(
         Pipelined(schedule, chunks, stash)
-        for schedule, chunks in (("1f1b", None), ("interleaved", 2), ("interleaved", 4), ("zb-h1", None))
+        for schedule, chunks in (
+            ("1f1b", None),
+            ("interleaved", 2),
+            ("interleaved", 4),
+            ("zb-h1", None),
+            ("gpipe", None),
+        )
         for stash in ("input", "residuals")
     )
     pipe: int = 64
@@ -106,10 +112,13 @@ def plans(job: Job, devices: int, space: Space) -> Plans:
         zeros = space.zero if degrees["fsdp"] > 1 else space.zero[-1:]
         inner = list(itertools.product(zeros, range(len(space.remat))))
         counts = microbatches(job.rows, degrees, space.rounds)
+        reasons: dict[tuple[int, int], str | None] = {}  # of the mesh: whatever the pipeline
         for sequence, pipeline, count, precision in _outer(degrees, counts, job, space):
             looked += len(inner)
-            tried = _job(job, degrees, sequence, pipeline, count, precision, space)
-            reason = illegal(tried)
+            tried, key = _job(job, degrees, sequence, pipeline, count, precision, space), (sequence, precision)
+            if key not in reasons:
+                reasons[key] = illegal(tried, check_mesh)
+            reason = reasons[key] or illegal(tried, check_pipeline)
             if reason is None:
                 head = (at, *degrees.values(), sequence, pipeline, count, precision, _chunks(tried))
                 found += [(*head, *rest) for rest in inner]

@@ -6,43 +6,89 @@ largest sum of a phase. What lives at the worst moment of a block is a table of 
 of the order that XLA runs it in, how large they are follows from the model and the mesh.
 """
 
+import functools
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
 from lmeff.compress.config import Quantize
 from lmeff.distill.objectives import CHUNK, rows_at_once, shared_axes
 from lmeff.models.config import ModelConfig
-from lmeff.parallel.activations import kept_arrays, local_sizes
+from lmeff.parallel.activations import layer_bytes, local_sizes
 from lmeff.parallel.mesh import ZERO_AXIS, Layout
-from lmeff.parallel.program import SlotCounts, compile_schedule
+from lmeff.parallel.program import SlotCounts, slots
 from lmeff.parallel.schedules import resolve
-from lmeff.parallel.stages import layer_table
 from lmeff.parallel.stash import STASHES
-from lmeff.parallel.tables import Schedule
 from lmeff.parallel.workload import Leaf, leaves_of
 from lmeff.plan.job import Job, Shape
-from lmeff.plan.live import Live, Saved, attention_loop, ffn_backward, ffn_forward, loss_rows, total
+from lmeff.plan.live import (
+    VECTOR_MEMORY,
+    Live,
+    Saved,
+    arrives,
+    attention_loop,
+    ffn_backward,
+    ffn_forward,
+    loss_rows,
+    total,
+)
 
 Bytes = dict[str, float]
 FLOAT = 4  # bytes of a float32
 SCRATCH = 64 * 2**20  # libtpu's `scoped_hbm_for_all_reduce`, 65,536 KiB in every program that was dumped (0.0.42.1)
 
 
-def temporary_bytes(job: Job, stage: int = 0, *, vector_memory: int = 0) -> dict[str, int]:
+def temporary_bytes(job: Job, stage: int = 0, *, family: str | None = None) -> dict[str, int]:
     """Bytes of temporaries on a device of that stage of the pipeline, at the step's peak, by category. All stages run one program and reserve alike.
 
-    vector_memory: bytes on a TPU's chip that XLA may keep arrays of a block in instead; none is the safe guess.
+    family: of TPUs (`lmeff.parallel.devices.FAMILIES`), whose chips keep so much of a block in their vector memory; None counts on none.
     """
-    device = Device(job=job)
-    phases = PIPELINED if device.schedule is not None else STRAIGHT
-    peak = max((phase(device) for phase in phases), key=lambda phase: sum(phase.values()))
-    if "block" in peak and device.layout.platform == "tpu":
-        peak["block"] = max(peak["block"] - vector_memory, 0)
-    if device.layout.platform == "tpu" and not device.layout.single:
+    peak = max(_phases(job, family), key=_size)
+    if job.platform == "tpu" and job.devices > 1:
         peak["scratch"] = SCRATCH
     return {name: round(size) for name, size in peak.items() if round(size)}
+
+
+def reported_bytes(job: Job, *, family: str | None = None) -> int:
+    """What `memory_analysis().temp_size_in_bytes` is to say of the step.
+
+    On the CPU the sum of `temporary_bytes`. For TPUs it counts the holes of the block of temporaries once more, and takes for holes what the fullest of
+    the program's other phases leaves free. A chip reserves the block once: this number is for comparison alone.
+    """
+    *others, peak = sorted(_size(phase) for phase in _phases(job, family))
+    return round(2 * peak - others[-1] if job.platform == "tpu" else peak)
+
+
+def _phases(job: Job, family: str | None) -> list[Bytes]:
+    """Every phase by category; on TPUs less what is in the chip's vector memory, of what lives shortest."""
+    device = Device(job=job)
+    made = [phase(device) for phase in (STRAIGHT if device.schedule is None else PIPELINED)]
+    for phase in made if job.platform == "tpu" else []:
+        room = VECTOR_MEMORY.get(family or "", 0) * 2**20
+        for name in [name for name in ("block", "logits", "teacher") if name in phase]:
+            inside = min(room, phase[name])
+            phase[name], room = phase[name] - inside, room - inside
+    return made
+
+
+def _size(phase: Bytes) -> float:
+    return sum(phase.values())
+
+
+class Tables(NamedTuple):
+    """What is asked of a schedule: slices of the model, how many of them on a stage, and rows of the executor's buffers."""
+
+    slices: int
+    chunks: int
+    slots: SlotCounts
+
+
+@functools.cache
+def _tables(name: str, stages: int, microbatches: int, chunks: int | None, until: Literal["B", "W"]) -> Tables:
+    schedule = resolve(name, stages, microbatches, chunks)
+    return Tables(schedule.slices, schedule.chunks, slots(schedule, until).counts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +113,12 @@ class Device:
         return self.job.rows // self.job.accumulate
 
     @cached_property
-    def schedule(self) -> Schedule | None:
+    def schedule(self) -> "Tables | None":
         """Of the pipeline."""
         plan, stages = self.job.mesh, self.job.degrees["pipe"]
-        return None if stages == 1 else resolve(plan.schedule, stages, self.job.accumulate, plan.chunks)
+        if stages == 1:
+            return None
+        return _tables(plan.schedule, stages, self.job.accumulate, plan.chunks, STASHES[plan.stash].until)
 
     @property
     def region(self) -> bool:
@@ -111,7 +159,7 @@ class Part:
         return local_sizes(self.cfg, self.device.layout, self.device.rows, self.device.job.tokens)
 
     @cached_property
-    def leaves(self) -> list[Leaf]:
+    def leaves(self) -> tuple[Leaf, ...]:
         """The parameters, sized whole over fsdp."""
         return leaves_of(self.cfg, self.device.layout)
 
@@ -128,9 +176,7 @@ class Part:
     def layers(self) -> int:
         """Layers on the device; of a pipeline those of all its slices, with padding."""
         schedule = self.device.schedule
-        return (
-            self.cfg.layers if schedule is None else schedule.chunks * layer_table(schedule, self.cfg.layers).shape[-1]
-        )
+        return self.cfg.layers if schedule is None else schedule.chunks * -(-self.cfg.layers // schedule.slices)
 
     @property
     def layer(self) -> float:
@@ -148,10 +194,9 @@ class Part:
         return total(live, self.sizes, self.device.narrow)
 
     def kept(self, remat: str) -> float:
-        """Of one layer, from its forward to its backward pass."""
-        job = self.device.job
-        arrays = kept_arrays(remat, self.cfg, self.device.layout, job.tokens, job.policy.compute)
-        return sum(array.bytes(self.sizes) for array in arrays)
+        """Bytes of one layer, from its forward to its backward pass."""
+        device = self.device
+        return layer_bytes(remat, self.cfg, device.layout, device.rows, device.job.tokens, device.job.policy.compute)
 
     @property
     def saved(self) -> Saved:
@@ -168,6 +213,8 @@ def _through(device: Device, copies: int = 2) -> Bytes:
     copies: of gradients while microbatches are added up: the sum so far, and what a microbatch adds.
     """
     student, wide = device.student, jnp.dtype(device.job.policy.params).itemsize
+    if not device.region and device.layout.platform == "tpu":
+        return {"gradients": wide * (student.elements(held=True, stacked=True) + _heads(device))}
     if not device.region:
         return {"gradients": wide * student.elements(held=True)}
     copies = copies if device.job.accumulate > 1 and device.schedule is None else 1
@@ -176,18 +223,33 @@ def _through(device: Device, copies: int = 2) -> Bytes:
     return {"gradients": copies * wide * whole, "gathered weights": wide * whole * gathered}
 
 
+def _heads(device: Device) -> float:
+    """Of TPUs, elements of the head's gradient, and where the loss turns the head, of its parameter and moments in the order of that gradient.
+
+    The embedding's gradient is made last, where nothing else is left. On the CPU it is zeroed before the layers begin.
+    """
+    cfg = device.student.cfg
+    turned = bool(shared_axes(device.layout, cfg)) and not cfg.tied
+    vocabulary = cfg.vocab // device.layout.size(("tensor",)) * cfg.width
+    return vocabulary / (device.job.degrees[ZERO_AXIS] if device.job.mesh.zero == 3 else 1) * (3 if turned else 1)
+
+
 def _layer_weights(device: Device, part: Part) -> Bytes:
     """One layer as its products want it: whole over fsdp, cast, transposed. A TPU fetches the next one meanwhile."""
     if device.layout.platform != "tpu":
         # A loop over blocks of rows adds up the gradients of experts, all of them, in float32.
         more = part.experts * FLOAT if part.cfg.moe is not None and part.cfg.moe.capacity is None else 0
         return {"gathered weights": device.narrow * part.layer, "block": more}
-    if device.region or ZERO_AXIS not in {axis for leaf in part.leaves for axis in leaf.axes}:
+    own = part.sizes["H"] * part.cfg.head_size * part.cfg.width  # attention's last matrix, gathered
+    if device.region or part.elements(held=True) == part.elements(held=False):
         return {"gathered weights": device.narrow * part.layer}
-    # Matrices are multiplied part by part as they arrive, but for the last of attention, which is gathered. Their gradients go round as
-    # float32 parts, two at a time.
-    parts, own = device.job.degrees[ZERO_AXIS], part.sizes["H"] * part.cfg.head_size * part.cfg.width
-    return {"gathered weights": device.narrow * own + 2 * FLOAT * part.layer / parts}
+    if arrives(device.layout):  # gradients go round as float32 parts, two at a time
+        return {"gathered weights": device.narrow * own + 2 * FLOAT * part.layer / device.job.degrees[ZERO_AXIS]}
+    ffn = sum(leaf.elements / leaf.layers for leaf in part.leaves if leaf.path.split("/")[1:2] in (["mlp"], ["moe"]))
+    return {
+        "gathered weights": device.narrow * own,
+        "gradients": FLOAT * ffn,
+    }  # of the ffn, whole until they are reduced
 
 
 def _compression(device: Device) -> Bytes:
@@ -209,10 +271,18 @@ def _sum(*parts: Bytes) -> Bytes:
 def backward(device: Device) -> Bytes:
     """The ffn of the last layer, going back: all layers' activations are still kept."""
     student = device.student
-    block = ffn_backward(device.layout, student.cfg, student.saved)
+    block = max(map(student.bytes, ffn_backward(device.layout, student.cfg, student.saved)))
     kept = {"kept activations": student.layers * student.kept(device.remat)}
-    own = {"block": student.bytes(block) + student.bytes(attention_loop(device.layout))}
+    own = {"block": block + student.bytes(attention_loop(device.layout))}
     return _sum(_through(device), _layer_weights(device, student), _compression(device), kept, own)
+
+
+def forward(device: Device) -> Bytes:
+    """The ffn of the last layer, going forward."""
+    student = device.student
+    kept = {"kept activations": student.layers * student.kept(device.remat)}
+    through = _through(device, copies=1) if device.region else {}
+    return _sum(through, kept, {"block": student.bytes(ffn_forward(device.layout, student.cfg))})
 
 
 def loss(device: Device) -> Bytes:
@@ -254,9 +324,12 @@ def teaching(device: Device) -> Bytes:
 def update(device: Device) -> Bytes:
     """The optimizer: clipping by the global norm has it wait for all gradients. On the CPU updates are as large; a TPU adds them as it makes them."""
     student, wide = device.student, jnp.dtype(device.job.policy.params).itemsize
-    grads = wide * student.elements(held=not device.region)  # in a region they are whole until they are reduced
-    updates = 0 if device.layout.platform == "tpu" else FLOAT * student.elements(held=True)
-    return {"gradients": grads, "optimizer update": updates}
+    if device.region:  # whole until they are reduced
+        return {"gradients": wide * student.elements(held=False)}
+    if device.layout.platform == "tpu":
+        return _through(device)
+    held = student.elements(held=True)
+    return {"gradients": wide * held, "optimizer update": FLOAT * held}
 
 
 # ---- phases of a pipeline
@@ -271,25 +344,25 @@ def pipelined_backward(device: Device) -> Bytes:
 
 def _slice_layers(device: Device) -> int:
     assert device.schedule is not None
-    return layer_table(device.schedule, device.student.cfg.layers).shape[-1]
+    return -(-device.student.cfg.layers // device.schedule.slices)
 
 
 def stashes(device: Device) -> Bytes:
     """The buffers of the executor: rows of `lmeff.parallel.program.SlotCounts`, and a spare one each."""
     student, plan = device.student, device.job.mesh
     assert device.schedule is not None
-    slots: SlotCounts = compile_schedule(device.schedule, STASHES[plan.stash].until).slots
+    rows = device.schedule.slots
     layers = _slice_layers(device)
     stream = student.bytes({"BtD": (1, 0)}) * (
         1 if device.teacher is None else 1 + device.teacher.cfg.width / student.cfg.width
     )
-    inputs, outputs = (layers * student.bytes(rows) for rows in (_inputs(student.cfg), _outputs(student.cfg)))
+    inputs, outputs = (layers * student.bytes(table) for table in (_inputs(student.cfg), _outputs(student.cfg)))
     if plan.stash == "input":
         stash, pending = stream, inputs + outputs
     else:
         stash, pending = stream + layers * student.kept(device.remat) + inputs, outputs
-    twice = 2 * ((slots.stash + 1) * stash + (slots.pending + 1) * pending)
-    return {"stash": twice + (slots.activation + slots.gradient + 2) * stream}
+    twice = 2 * ((rows.stash + 1) * stash + (rows.pending + 1) * pending)
+    return {"stash": twice + (rows.activation + rows.gradient + 2) * stream}
 
 
 def _inputs(cfg: ModelConfig) -> Live:
@@ -304,5 +377,5 @@ def _outputs(cfg: ModelConfig) -> Live:
     return {"BTHC": (1, 0), "BTKC": (2, 0), **ffn}
 
 
-STRAIGHT = (backward, loss, teaching, update)
+STRAIGHT = (forward, backward, loss, teaching, update)
 PIPELINED = (pipelined_backward, update)

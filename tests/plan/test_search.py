@@ -143,6 +143,27 @@ def test_slices_stay_as_they_are():
         list(meshes(8, 3, Space(), has_experts=False))
 
 
+def test_precisions_are_tried_where_they_are_named():
+    both = (PRECISION, f"{PRECISION},state=bfloat16")
+    one, two = (plans(job(), 8, dataclasses.replace(FEW, precision=named)) for named in ((), both))
+    assert len(two) == 2 * len(one)
+    assert {two.at(row).precision for row in range(len(two))} == set(both)
+    assert {one.at(row).precision for row in range(len(one))} == {PRECISION}
+    cost = costs(chip("v5e"))
+    size = {precision: cost.bytes(job(precision=precision)) for precision in both}
+    assert size[both[0]] - size[both[1]] == pytest.approx(2 * 2 * 67_000_000, rel=0.01)  # two moments of 2 bytes less
+
+
+def test_gpipe_is_faster_than_1f1b_and_keeps_more():
+    """Stages that run one pass at a time do not wait for each other's longer ones: it is tried, and taken where there is room."""
+    cost = costs(chip("v5e"))
+    of = job(mesh=MeshPlan(pipe=4, fsdp=2), accumulate=16, rows=64)
+    other = of.changed(mesh=dataclasses.replace(of.mesh, schedule="gpipe"))
+    assert cost.seconds(other) < cost.seconds(of)
+    stream = 2 * 1024 * 768 * 2  # a microbatch of two rows, in bfloat16: a branch of the tick has the stash twice
+    assert cost.bytes(other) - cost.bytes(of) == 2 * (16 - 4) * stream
+
+
 # ---- rough numbers
 
 

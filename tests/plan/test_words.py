@@ -8,7 +8,7 @@ from lmeff.models.config import preset
 from lmeff.parallel.mesh import MeshPlan
 from lmeff.parallel.schedules import build
 from lmeff.parallel.simulate import simulate
-from lmeff.plan import words
+from lmeff.plan import reasons, words
 from lmeff.plan.estimate import Energy, Estimate, Flow, Memory, StepTime, Work
 from lmeff.plan.hardware import chip
 from lmeff.plan.job import Job, Shape
@@ -16,7 +16,7 @@ from lmeff.plan.search import Search
 from lmeff.plan.space import Refused
 
 GIB = 2**30
-V5P, V5E, H100 = chip("v5p"), chip("v5e"), chip("h100")
+V5P, H100 = chip("v5p"), chip("h100")
 LLAMA = preset("llama3_70b")  # F = 28,672, 64 heads for 8 key-value heads
 
 
@@ -213,7 +213,7 @@ def found(**changes):
 
 
 def test_do_not_pipeline():
-    (said,) = words.whether_to_pipeline(found())
+    (said,) = reasons.whether_to_pipeline(found())
     assert said.startswith("do not pipeline: the best plan with one (fsdp 16 x pipe 4,")
     assert "takes 12.5 s a step, 25% more than 10 s without" in said
     assert said.endswith(
@@ -222,40 +222,42 @@ def test_do_not_pipeline():
 
 
 def test_pipeline_where_it_is_faster():
-    (said,) = words.whether_to_pipeline(found(plain=PIPED._replace(job=PLAIN.job), piped=PLAIN._replace(job=PIPED.job)))
+    (said,) = reasons.whether_to_pipeline(
+        found(plain=PIPED._replace(job=PLAIN.job), piped=PLAIN._replace(job=PIPED.job))
+    )
     assert said.startswith("pipeline: the best plan with one")
     assert "20% less than 12.5 s without" in said
     assert said.endswith("and its network takes 2 s more")
 
 
 def test_pipelines_alone_and_none():
-    (alone,) = words.whether_to_pipeline(found(plain=None, best=(PIPED,)))
+    (alone,) = reasons.whether_to_pipeline(found(plain=None, best=(PIPED,)))
     assert alone.startswith("pipeline: no plan without one was found that fits")
-    (none,) = words.whether_to_pipeline(found(piped=None))
+    (none,) = reasons.whether_to_pipeline(found(piped=None))
     assert none == "do not pipeline: no plan with a pipeline was found that fits"
-    assert not list(words.whether_to_pipeline(found(piped=None, plain=None)))
+    assert not list(reasons.whether_to_pipeline(found(piped=None, plain=None)))
 
 
 def test_the_configs_own_plan():
-    assert list(words.against_own(found())) == ["the config's own plan is the best that was found"]
-    (slower,) = words.against_own(found(own=PIPED))
+    assert list(reasons.against_own(found())) == ["the config's own plan is the best that was found"]
+    (slower,) = reasons.against_own(found(own=PIPED))
     assert slower.endswith("takes 12.5 s a step, +25.0% against the best")
-    (full,) = words.against_own(found(own=estimate(PIPED.job, state={"optimizer": 20 * GIB})))
+    (full,) = reasons.against_own(found(own=estimate(PIPED.job, state={"optimizer": 20 * GIB})))
     assert full.endswith("does not fit: 21.0 GiB of 15.8 GiB")
-    assert list(words.against_own(found(own=None))) == ["the config's own plan cannot train on these devices"]
+    assert list(reasons.against_own(found(own=None))) == ["the config's own plan cannot train on these devices"]
 
 
 def test_a_simpler_plan_is_named_where_it_is_another():
-    assert not list(words.as_simple(found()))
+    assert not list(reasons.as_simple(found()))
     near = estimate(job(MeshPlan(fsdp=32, tensor=2)), middle=10.2)
-    (said,) = words.as_simple(found(simple=near))
+    (said,) = reasons.as_simple(found(simple=near))
     assert said.startswith(
         "about as fast and simpler: fsdp 32 x tensor 2, ZeRO-3, remat full; 10.2 s a step (+2.0%), 5.00 GiB of 15.8 GiB"
     )
 
 
 def test_counts_and_why_plans_cannot_train():
-    said = words.counted(found())
+    said = reasons.counted(found())
     assert said.startswith(
         "1,000 plans: 800 can train (150 of them cannot: model: the mesh cannot cut K; 50 of them cannot: train.batch ...)"
     )
@@ -264,12 +266,12 @@ def test_counts_and_why_plans_cannot_train():
 
 def test_nothing_fits():
     least = estimate(job(MeshPlan(fsdp=64)), state={"optimizer": 30 * GIB}, temporaries={"gradients": int(1.5 * GIB)})
-    said = words.choices(found(best=(), plain=None, piped=None, simple=None, least=least), V5E)[1]
+    said = reasons.choices(found(best=(), plain=None, piped=None, simple=None, least=least))[1]
     assert said.startswith(
         "no plan fits: the one that takes least, fsdp 64, ZeRO-3, remat full, needs 31.5 GiB of 15.8 GiB on a device: optimizer 30.0 GiB"
     )
     assert said.endswith("Set precision state=bfloat16 or optim.offload, or take about 2.0 times as many devices")
-    (none,) = words.nothing_fits(found(best=(), least=None))
+    (none,) = reasons.nothing_fits(found(best=(), least=None))
     assert none == "no plan can train; K = 8 over tensor = 16"
 
 
