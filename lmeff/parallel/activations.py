@@ -44,6 +44,13 @@ def layer_bytes(remat: str, cfg: ModelConfig, layout: Layout, rows: int, tokens:
     return sum(array.bytes(sizes) for array in arrays if not array.host or layout.platform == "cpu")
 
 
+def offloaded_bytes(remat: str, cfg: ModelConfig, layout: Layout, rows: int, tokens: int, dtype: Any) -> int:
+    """Bytes of all layers of a device that wait in the host's memory, for a microbatch."""
+    sizes, arrays = local_sizes(cfg, layout, rows, tokens), kept_arrays(remat, cfg, layout, tokens, dtype)
+    own = -(-cfg.layers // layout.size(("pipe",)))
+    return own * sum(array.bytes(sizes) for array in arrays if array.host)
+
+
 class Kept(NamedTuple):
     """An array that the backward pass of one block is given: the letters of each dim (several where dims are merged), bytes of a number, and whether it
     waits in the host's memory.

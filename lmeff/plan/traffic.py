@@ -14,7 +14,7 @@ from lmeff.core.specs import abstract
 from lmeff.models.config import ModelConfig
 from lmeff.models.remat import parse
 from lmeff.models.transformer import param_specs, sites
-from lmeff.parallel.activations import kept_bytes
+from lmeff.parallel.activations import offloaded_bytes
 from lmeff.parallel.collective import RING
 from lmeff.parallel.devices import Topology
 from lmeff.parallel.members import leaves_of
@@ -75,13 +75,10 @@ def host_flows(job: Job, chip: Chip) -> Iterator[Flow]:
         yield Flow(COPY, (), "step", HOST, moved, moved / each)
 
 
-def _offloaded(job: Job) -> float:
-    """Bytes of a microbatch that leave a device's memory: what the policy keeps besides a layer's input."""
+def _offloaded(job: Job) -> int:
+    """Bytes of a microbatch that leave a device's memory."""
     rows = job.rows // job.accumulate
-    kept = functools.partial(
-        kept_bytes, cfg=job.cfg, layout=job.layout, rows=rows, tokens=job.tokens, dtype=job.policy.compute
-    )
-    return kept(job.policy_of_remat) - kept("full")
+    return offloaded_bytes(job.policy_of_remat, job.cfg, job.layout, rows, job.tokens, job.policy.compute)
 
 
 def owned(job: Job, layout: Layout) -> float:
