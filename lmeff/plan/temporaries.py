@@ -6,8 +6,10 @@ largest sum of a phase. What lives at the worst moment of a block is a table of 
 of the order that XLA runs it in, how large they are follows from the model and the mesh.
 """
 
+import functools
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
@@ -16,11 +18,9 @@ from lmeff.distill.objectives import CHUNK, rows_at_once, shared_axes
 from lmeff.models.config import ModelConfig
 from lmeff.parallel.activations import kept_arrays, local_sizes
 from lmeff.parallel.mesh import ZERO_AXIS, Layout
-from lmeff.parallel.program import SlotCounts, compile_schedule
+from lmeff.parallel.program import SlotCounts, slots
 from lmeff.parallel.schedules import resolve
-from lmeff.parallel.stages import layer_table
 from lmeff.parallel.stash import STASHES
-from lmeff.parallel.tables import Schedule
 from lmeff.parallel.workload import Leaf, leaves_of
 from lmeff.plan.job import Job, Shape
 from lmeff.plan.live import Live, Saved, attention_loop, ffn_backward, ffn_forward, loss_rows, total
@@ -45,6 +45,20 @@ def temporary_bytes(job: Job, stage: int = 0, *, vector_memory: int = 0) -> dict
     return {name: round(size) for name, size in peak.items() if round(size)}
 
 
+class Tables(NamedTuple):
+    """What is asked of a schedule: slices of the model, how many of them on a stage, and rows of the executor's buffers."""
+
+    slices: int
+    chunks: int
+    slots: SlotCounts
+
+
+@functools.cache
+def _tables(name: str, stages: int, microbatches: int, chunks: int | None, until: Literal["B", "W"]) -> Tables:
+    schedule = resolve(name, stages, microbatches, chunks)
+    return Tables(schedule.slices, schedule.chunks, slots(schedule, until).counts)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Device:
     """What a device has of a job: the sizes of letters, and of weights."""
@@ -67,10 +81,12 @@ class Device:
         return self.job.rows // self.job.accumulate
 
     @cached_property
-    def schedule(self) -> Schedule | None:
+    def schedule(self) -> "Tables | None":
         """Of the pipeline."""
         plan, stages = self.job.mesh, self.job.degrees["pipe"]
-        return None if stages == 1 else resolve(plan.schedule, stages, self.job.accumulate, plan.chunks)
+        if stages == 1:
+            return None
+        return _tables(plan.schedule, stages, self.job.accumulate, plan.chunks, STASHES[plan.stash].until)
 
     @property
     def region(self) -> bool:
@@ -128,9 +144,7 @@ class Part:
     def layers(self) -> int:
         """Layers on the device; of a pipeline those of all its slices, with padding."""
         schedule = self.device.schedule
-        return (
-            self.cfg.layers if schedule is None else schedule.chunks * layer_table(schedule, self.cfg.layers).shape[-1]
-        )
+        return self.cfg.layers if schedule is None else schedule.chunks * -(-self.cfg.layers // schedule.slices)
 
     @property
     def layer(self) -> float:
@@ -271,25 +285,25 @@ def pipelined_backward(device: Device) -> Bytes:
 
 def _slice_layers(device: Device) -> int:
     assert device.schedule is not None
-    return layer_table(device.schedule, device.student.cfg.layers).shape[-1]
+    return -(-device.student.cfg.layers // device.schedule.slices)
 
 
 def stashes(device: Device) -> Bytes:
     """The buffers of the executor: rows of `lmeff.parallel.program.SlotCounts`, and a spare one each."""
     student, plan = device.student, device.job.mesh
     assert device.schedule is not None
-    slots: SlotCounts = compile_schedule(device.schedule, STASHES[plan.stash].until).slots
+    rows = device.schedule.slots
     layers = _slice_layers(device)
     stream = student.bytes({"BtD": (1, 0)}) * (
         1 if device.teacher is None else 1 + device.teacher.cfg.width / student.cfg.width
     )
-    inputs, outputs = (layers * student.bytes(rows) for rows in (_inputs(student.cfg), _outputs(student.cfg)))
+    inputs, outputs = (layers * student.bytes(table) for table in (_inputs(student.cfg), _outputs(student.cfg)))
     if plan.stash == "input":
         stash, pending = stream, inputs + outputs
     else:
         stash, pending = stream + layers * student.kept(device.remat) + inputs, outputs
-    twice = 2 * ((slots.stash + 1) * stash + (slots.pending + 1) * pending)
-    return {"stash": twice + (slots.activation + slots.gradient + 2) * stream}
+    twice = 2 * ((rows.stash + 1) * stash + (rows.pending + 1) * pending)
+    return {"stash": twice + (rows.activation + rows.gradient + 2) * stream}
 
 
 def _inputs(cfg: ModelConfig) -> Live:
