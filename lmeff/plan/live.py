@@ -48,59 +48,58 @@ def add(*tables: Live) -> Live:
     return {r: (sum(t.get(r, (0, 0))[0] for t in tables), sum(t.get(r, (0, 0))[1] for t in tables)) for r in rows}
 
 
-def ffn_backward(layout: Layout, cfg: ModelConfig, saved: Saved) -> Live:
-    """While the ffn goes back; what was recomputed of attention waits for its turn."""
-    return (_tpu if layout.platform == "tpu" else _cpu)(layout, cfg, saved)
+def ffn_backward(layout: Layout, cfg: ModelConfig, saved: Saved) -> list[Live]:
+    """Moments while the ffn goes back, of which the fullest counts; what was recomputed of attention waits for its turn."""
+    return (_tpu if layout.platform == "tpu" else _cpu)(cfg, saved)
 
 
-def _cpu(layout: Layout, cfg: ModelConfig, saved: Saved) -> Live:
+def _cpu(cfg: ModelConfig, saved: Saved) -> list[Live]:
     """XLA for the CPU multiplies with transposed copies, and zeroes the loops' results (gradients of q, k and v) long before the loops begin."""
+    hidden, gate = _hidden(cfg), int(cfg.gated)
     attention: Live = {"BTHC": (1, 1), "BTKC": (2, 2)}  # q, k, v, and zeros for their gradients
+    if saved.everything:
+        return [add(attention, {"BtD": (2, 0), "BTD": (4, 0), "BTHC": (1, 0), hidden: (2 + gate, 1)})]
     if saved.products:
-        # No product is run again. Late: gradients of up and gate, of the norm by both, their sum; early: all that the activation needs.
-        late = add(attention, {"BtD": (4, 0), "BTD": (4, 2), "BTHC": (0, 1), _hidden(cfg): (2, 0)})
-        early = add(attention, {"BtD": (3, 0), _hidden(cfg): (4, 1)})
-        if saved.everything:
-            late = add(attention, {"BtD": (2, 0), "BTD": (4, 0), "BTHC": (1, 0), _hidden(cfg): (3, 1)})
-        return max(late, early, key=lambda live: total(live, _plain(cfg), 4))
+        # No product is run again. Early: all that the activation needs; late: gradients of up and gate, of the norm by both, their sum.
+        early: Live = {"BtD": (3, 0), hidden: (3 + gate, 1)}
+        late: Live = {"BtD": (4, 0), "BTD": (4, 1 + gate), "BTHC": (0, 1), hidden: (1 + gate, 0)}
+        return [add(attention, early), add(attention, late)]
     again: Live = {
         "BtD": (3, 0),  # the block's input, what attention made of it, the gradient of the output
         "BTD": (4, 0),  # both norms' outputs, as they are and transposed for the gradients of weights
         "BTHC": (0, 0) if saved.attention else (1, 1),  # attention's output, by units and transposed
-        _hidden(cfg): (
-            3 if saved.hidden else 4,
-            3,
+        hidden: (
+            3 + gate - saved.hidden,
+            2 + gate,
         ),  # sigmoid, hidden, gradients of up and gate; up, gate, gradient of hidden
     }
     if cfg.moe is not None:
         # Rows as they are sent, the gradient of what comes back; and of products in a loop the zeroed results.
         loop = cfg.moe.capacity is None
         again = add(again, {"MD": (2, 2 * loop), "MF": (-1, loop)})
-    return add(attention, again)
-
-
-def _plain(cfg: ModelConfig) -> dict[str, int]:
-    """Sizes of one row on one device: enough to compare two tables."""
-    return {**cfg.sizes, "B": 1, "T": 1, "t": 1, "M": 0 if cfg.moe is None else cfg.moe.top_k}
+    return [add(attention, again)]
 
 
 def _hidden(cfg: ModelConfig) -> str:
     return "BTF" if cfg.moe is None else "MF"
 
 
-def _tpu(layout: Layout, cfg: ModelConfig, saved: Saved) -> Live:
+def _tpu(cfg: ModelConfig, saved: Saved) -> list[Live]:
     """Weights that are cut over fsdp are multiplied as they arrive, and the sum so far is float32 (collective matmul): the gradient of hidden at the peak."""
-    again = 0 if saved.products else 2
-    return {
-        "BtD": (
-            4,
-            0,
-        ),  # the block's input, sliced and as it is used, what attention made of it, the gradient of the output
-        "BTD": (2, 0),  # both norms' outputs
-        "BTHC": (1 if saved.attention else 3, 0),  # q, attention's output as the kernel left it and masked
-        "BTKC": (2, 0),
-        _hidden(cfg): (again + (2 if saved.hidden else 3), 1),  # up, gate; hidden and the gradients of up and gate
-    }
+    gate = int(cfg.gated)
+    again = 0 if saved.products else 1 + gate
+    return [
+        {
+            "BtD": (
+                4,
+                0,
+            ),  # the block's input, sliced and as it is used, what attention made of it, the gradient of the output
+            "BTD": (2, 0),  # both norms' outputs
+            "BTHC": (1 if saved.attention else 3, 0),  # q, attention's output as the kernel left it and masked
+            "BTKC": (2, 0),
+            _hidden(cfg): (again + 2 + gate - saved.hidden, 1),  # up, gate; hidden and the gradients of up and gate
+        }
+    ]
 
 
 def ffn_forward(layout: Layout, cfg: ModelConfig) -> Live:
@@ -123,3 +122,7 @@ def loss_rows(layout: Layout, of_teacher: bool, taught: bool) -> tuple[int, int]
     if of_teacher:
         return (1 if tpu else 2), 0
     return (2 if taught else 1) * (1 if tpu else 2), (2 if tpu else 3)
+
+
+# MiB of a chip's vector memory (of v4, of its common memory) that XLA keeps arrays in: the largest block of that memory space in programs that were dumped.
+VECTOR_MEMORY = {"v4": 128, "v5e": 112, "v5p": 45, "v6e": 95, "tpu7x": 64}

@@ -23,23 +23,23 @@ from lmeff.parallel.schedules import resolve
 from lmeff.parallel.stash import STASHES
 from lmeff.parallel.workload import Leaf, leaves_of
 from lmeff.plan.job import Job, Shape
-from lmeff.plan.live import Live, Saved, attention_loop, ffn_backward, ffn_forward, loss_rows, total
+from lmeff.plan.live import VECTOR_MEMORY, Live, Saved, attention_loop, ffn_backward, ffn_forward, loss_rows, total
 
 Bytes = dict[str, float]
 FLOAT = 4  # bytes of a float32
 SCRATCH = 64 * 2**20  # libtpu's `scoped_hbm_for_all_reduce`, 65,536 KiB in every program that was dumped (0.0.42.1)
 
 
-def temporary_bytes(job: Job, stage: int = 0, *, vector_memory: int = 0) -> dict[str, int]:
+def temporary_bytes(job: Job, stage: int = 0, *, family: str | None = None) -> dict[str, int]:
     """Bytes of temporaries on a device of that stage of the pipeline, at the step's peak, by category. All stages run one program and reserve alike.
 
-    vector_memory: bytes on a TPU's chip that XLA may keep arrays of a block in instead; none is the safe guess.
+    family: of TPUs (`lmeff.parallel.devices.FAMILIES`), whose chips keep so much of a block in their vector memory; None counts on none.
     """
     device = Device(job=job)
     phases = PIPELINED if device.schedule is not None else STRAIGHT
     peak = max((phase(device) for phase in phases), key=lambda phase: sum(phase.values()))
     if "block" in peak and device.layout.platform == "tpu":
-        peak["block"] = max(peak["block"] - vector_memory, 0)
+        peak["block"] = max(peak["block"] - VECTOR_MEMORY.get(family or "", 0) * 2**20, 0)
     if device.layout.platform == "tpu" and not device.layout.single:
         peak["scratch"] = SCRATCH
     return {name: round(size) for name, size in peak.items() if round(size)}
@@ -223,9 +223,9 @@ def _sum(*parts: Bytes) -> Bytes:
 def backward(device: Device) -> Bytes:
     """The ffn of the last layer, going back: all layers' activations are still kept."""
     student = device.student
-    block = ffn_backward(device.layout, student.cfg, student.saved)
+    block = max(map(student.bytes, ffn_backward(device.layout, student.cfg, student.saved)))
     kept = {"kept activations": student.layers * student.kept(device.remat)}
-    own = {"block": student.bytes(block) + student.bytes(attention_loop(device.layout))}
+    own = {"block": block + student.bytes(attention_loop(device.layout))}
     return _sum(_through(device), _layer_weights(device, student), _compression(device), kept, own)
 
 
