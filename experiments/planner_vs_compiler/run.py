@@ -25,7 +25,7 @@ from rich.table import Table
 
 from lmeff.parallel.devices import topology
 from lmeff.plan.job import Job
-from lmeff.plan.temporaries import temporary_bytes
+from lmeff.plan.temporaries import reported_bytes, temporary_bytes
 from tests.plan.cases import CPU, HELD_OUT, TPU
 from tests.plan.programs import arguments, memory
 
@@ -38,12 +38,14 @@ KINDS: dict[str, dict[str, tuple[str | None, Job]]] = {
 }
 
 
-def predicted(job: Job, devices: list[Any]) -> dict[str, Any]:
-    """MiB: arguments by the shapes of their shards, temporaries by category."""
-    leaves = jax.tree.leaves(arguments(job, devices))
+def predicted(name: str | None, job: Job) -> dict[str, Any]:
+    """MiB: arguments by the shapes of their shards, temporaries by category and as the compiler reports them, and what is live of them."""
+    family = None if name is None else name.split(":")[0]
+    leaves = jax.tree.leaves(arguments(job, devices_of(name, job)))
     held = sum(jnp.dtype(x.dtype).itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
-    found = {name: round(size / MIB, 2) for name, size in temporary_bytes(job).items()}
-    return {"arguments": round(held / MIB, 2), "temporaries": round(sum(found.values()), 2), "categories": found}
+    found = {part: size / MIB for part, size in temporary_bytes(job, family=family).items()}
+    live = sum(found.values()) - found.get("scratch", 0)
+    return {"arguments": held / MIB, "temporaries": reported_bytes(job, family=family) / MIB, "live": live}
 
 
 def compiled(job: Job, devices: list[Any]) -> dict[str, Any]:
@@ -63,20 +65,28 @@ def devices_of(name: str | None, job: Job) -> list[Any]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Prints what was predicted now beside what was compiled."""
+    """Prints what is predicted now beside what was compiled: temporaries and live ones as MiB, and by how much the total is off.
+
+    On the CPU temporaries alone are judged: arguments would hide what they miss.
+    """
     table = Table(
-        "kind", "case", "arguments", "of compiler", "temporaries", "of compiler", "total", "of compiler", "off by"
+        "kind", "case", "arguments", "temporaries", "of compiler", "total off by", "live", "of compiler", "off by"
     )
     errors: dict[str, list[float]] = {}
     for row in rows:
         name, job = KINDS[row["kind"]][row["case"]]
-        guess, truth = predicted(job, devices_of(name, job)), row["compiled"]
-        # On the CPU temporaries alone are judged: arguments would hide what they miss.
-        total = guess["arguments"] + guess["temporaries"]
-        off = (total / truth["total"] if row["kind"] == "tpu" else guess["temporaries"] / truth["temp"]) - 1
+        guess, truth = predicted(name, job), row["compiled"]
+        tpu = row["kind"] == "tpu"
+        off = (
+            (guess["arguments"] + guess["temporaries"]) / truth["total"] - 1
+            if tpu
+            else guess["temporaries"] / truth["temp"] - 1
+        )
         errors.setdefault(row["kind"], []).append(abs(off))
-        numbers = (guess["arguments"], truth["argument"], guess["temporaries"], truth["temp"], total, truth["total"])
-        table.add_row(row["kind"], row["case"], *(f"{n:.1f}" for n in numbers), f"{off:+.1%}")
+        alive = truth["peak"] - truth["argument"]  # the CPU does not tell it
+        live = (f"{guess['live']:.1f}", f"{alive:.1f}", f"{guess['live'] / alive - 1:+.1%}") if tpu else ("", "", "")
+        numbers = (guess["arguments"], guess["temporaries"], truth["temp"])
+        table.add_row(row["kind"], row["case"], *(f"{n:.1f}" for n in numbers), f"{off:+.1%}", *live)
     Console(width=160).print(table)
     for kind, found in errors.items():
         print(f"{kind}: {len(found)} cases, median {statistics.median(found):.1%}, worst {max(found):.1%}")

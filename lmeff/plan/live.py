@@ -50,7 +50,13 @@ def add(*tables: Live) -> Live:
 
 def ffn_backward(layout: Layout, cfg: ModelConfig, saved: Saved) -> list[Live]:
     """Moments while the ffn goes back, of which the fullest counts; what was recomputed of attention waits for its turn."""
-    return (_tpu if layout.platform == "tpu" else _cpu)(cfg, saved)
+    return _tpu(cfg, saved, arrives(layout)) if layout.platform == "tpu" else _cpu(cfg, saved)
+
+
+def arrives(layout: Layout) -> bool:
+    """Whether XLA for TPUs multiplies with parts of weights as they arrive (collective matmul). It did on 8, 16 and 64 devices of an fsdp axis, and not on
+    4 or 256."""
+    return 8 <= layout.size(layout.axes("D")) <= 64
 
 
 def _cpu(cfg: ModelConfig, saved: Saved) -> list[Live]:
@@ -84,8 +90,8 @@ def _hidden(cfg: ModelConfig) -> str:
     return "BTF" if cfg.moe is None else "MF"
 
 
-def _tpu(cfg: ModelConfig, saved: Saved) -> list[Live]:
-    """Weights that are cut over fsdp are multiplied as they arrive, and the sum so far is float32 (collective matmul): the gradient of hidden at the peak."""
+def _tpu(cfg: ModelConfig, saved: Saved, partial: bool) -> list[Live]:
+    """partial: sums over what has arrived of the weights are float32, at the peak that of the gradient of hidden."""
     gate = int(cfg.gated)
     again = 0 if saved.products else 1 + gate
     return [
@@ -97,7 +103,10 @@ def _tpu(cfg: ModelConfig, saved: Saved) -> list[Live]:
             "BTD": (2, 0),  # both norms' outputs
             "BTHC": (1 if saved.attention else 3, 0),  # q, attention's output as the kernel left it and masked
             "BTKC": (2, 0),
-            _hidden(cfg): (again + 2 + gate - saved.hidden, 1),  # up, gate; hidden and the gradients of up and gate
+            _hidden(cfg): (
+                again + 2 + gate - saved.hidden,
+                int(partial),
+            ),  # up, gate; hidden and the gradients of up and gate
         }
     ]
 

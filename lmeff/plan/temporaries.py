@@ -23,7 +23,17 @@ from lmeff.parallel.schedules import resolve
 from lmeff.parallel.stash import STASHES
 from lmeff.parallel.workload import Leaf, leaves_of
 from lmeff.plan.job import Job, Shape
-from lmeff.plan.live import VECTOR_MEMORY, Live, Saved, attention_loop, ffn_backward, ffn_forward, loss_rows, total
+from lmeff.plan.live import (
+    VECTOR_MEMORY,
+    Live,
+    Saved,
+    arrives,
+    attention_loop,
+    ffn_backward,
+    ffn_forward,
+    loss_rows,
+    total,
+)
 
 Bytes = dict[str, float]
 FLOAT = 4  # bytes of a float32
@@ -35,14 +45,36 @@ def temporary_bytes(job: Job, stage: int = 0, *, family: str | None = None) -> d
 
     family: of TPUs (`lmeff.parallel.devices.FAMILIES`), whose chips keep so much of a block in their vector memory; None counts on none.
     """
-    device = Device(job=job)
-    phases = PIPELINED if device.schedule is not None else STRAIGHT
-    peak = max((phase(device) for phase in phases), key=lambda phase: sum(phase.values()))
-    if "block" in peak and device.layout.platform == "tpu":
-        peak["block"] = max(peak["block"] - VECTOR_MEMORY.get(family or "", 0) * 2**20, 0)
-    if device.layout.platform == "tpu" and not device.layout.single:
+    peak = max(_phases(job, family), key=_size)
+    if job.platform == "tpu" and job.devices > 1:
         peak["scratch"] = SCRATCH
     return {name: round(size) for name, size in peak.items() if round(size)}
+
+
+def reported_bytes(job: Job, *, family: str | None = None) -> int:
+    """What `memory_analysis().temp_size_in_bytes` is to say of the step.
+
+    On the CPU the sum of `temporary_bytes`. For TPUs it counts the holes of the block of temporaries once more, and takes for holes what the fullest of
+    the program's other phases leaves free. A chip reserves the block once: this number is for comparison alone.
+    """
+    *others, peak = sorted(_size(phase) for phase in _phases(job, family))
+    return round(2 * peak - others[-1] if job.platform == "tpu" else peak)
+
+
+def _phases(job: Job, family: str | None) -> list[Bytes]:
+    """Every phase by category; on TPUs less what is in the chip's vector memory, of what lives shortest."""
+    device = Device(job=job)
+    made = [phase(device) for phase in (STRAIGHT if device.schedule is None else PIPELINED)]
+    for phase in made if job.platform == "tpu" else []:
+        room = VECTOR_MEMORY.get(family or "", 0) * 2**20
+        for name in [name for name in ("block", "logits", "teacher") if name in phase]:
+            inside = min(room, phase[name])
+            phase[name], room = phase[name] - inside, room - inside
+    return made
+
+
+def _size(phase: Bytes) -> float:
+    return sum(phase.values())
 
 
 class Tables(NamedTuple):
@@ -182,6 +214,8 @@ def _through(device: Device, copies: int = 2) -> Bytes:
     copies: of gradients while microbatches are added up: the sum so far, and what a microbatch adds.
     """
     student, wide = device.student, jnp.dtype(device.job.policy.params).itemsize
+    if not device.region and device.layout.platform == "tpu":
+        return {"gradients": wide * (student.elements(held=True, stacked=True) + _heads(device))}
     if not device.region:
         return {"gradients": wide * student.elements(held=True)}
     copies = copies if device.job.accumulate > 1 and device.schedule is None else 1
@@ -190,18 +224,33 @@ def _through(device: Device, copies: int = 2) -> Bytes:
     return {"gradients": copies * wide * whole, "gathered weights": wide * whole * gathered}
 
 
+def _heads(device: Device) -> float:
+    """Of TPUs, elements of the head's gradient, and where the loss turns the head, of its parameter and moments in the order of that gradient.
+
+    The embedding's gradient is made last, where nothing else is left. On the CPU it is zeroed before the layers begin.
+    """
+    cfg = device.student.cfg
+    turned = bool(shared_axes(device.layout, cfg)) and not cfg.tied
+    vocabulary = cfg.vocab // device.layout.size(("tensor",)) * cfg.width
+    return vocabulary / (device.job.degrees[ZERO_AXIS] if device.job.mesh.zero == 3 else 1) * (3 if turned else 1)
+
+
 def _layer_weights(device: Device, part: Part) -> Bytes:
     """One layer as its products want it: whole over fsdp, cast, transposed. A TPU fetches the next one meanwhile."""
     if device.layout.platform != "tpu":
         # A loop over blocks of rows adds up the gradients of experts, all of them, in float32.
         more = part.experts * FLOAT if part.cfg.moe is not None and part.cfg.moe.capacity is None else 0
         return {"gathered weights": device.narrow * part.layer, "block": more}
-    if device.region or ZERO_AXIS not in {axis for leaf in part.leaves for axis in leaf.axes}:
+    own = part.sizes["H"] * part.cfg.head_size * part.cfg.width  # attention's last matrix, gathered
+    if device.region or part.elements(held=True) == part.elements(held=False):
         return {"gathered weights": device.narrow * part.layer}
-    # Matrices are multiplied part by part as they arrive, but for the last of attention, which is gathered. Their gradients go round as
-    # float32 parts, two at a time.
-    parts, own = device.job.degrees[ZERO_AXIS], part.sizes["H"] * part.cfg.head_size * part.cfg.width
-    return {"gathered weights": device.narrow * own + 2 * FLOAT * part.layer / parts}
+    if arrives(device.layout):  # gradients go round as float32 parts, two at a time
+        return {"gathered weights": device.narrow * own + 2 * FLOAT * part.layer / device.job.degrees[ZERO_AXIS]}
+    ffn = sum(leaf.elements / leaf.layers for leaf in part.leaves if leaf.path.split("/")[1:2] in (["mlp"], ["moe"]))
+    return {
+        "gathered weights": device.narrow * own,
+        "gradients": FLOAT * ffn,
+    }  # of the ffn, whole until they are reduced
 
 
 def _compression(device: Device) -> Bytes:
@@ -268,9 +317,12 @@ def teaching(device: Device) -> Bytes:
 def update(device: Device) -> Bytes:
     """The optimizer: clipping by the global norm has it wait for all gradients. On the CPU updates are as large; a TPU adds them as it makes them."""
     student, wide = device.student, jnp.dtype(device.job.policy.params).itemsize
-    grads = wide * student.elements(held=not device.region)  # in a region they are whole until they are reduced
-    updates = 0 if device.layout.platform == "tpu" else FLOAT * student.elements(held=True)
-    return {"gradients": grads, "optimizer update": updates}
+    if device.region:  # whole until they are reduced
+        return {"gradients": wide * student.elements(held=False)}
+    if device.layout.platform == "tpu":
+        return _through(device)
+    held = student.elements(held=True)
+    return {"gradients": wide * held, "optimizer update": FLOAT * held}
 
 
 # ---- phases of a pipeline
