@@ -84,9 +84,15 @@ LLAMA = preset("llama3_8b")
 NARROW = sized(SMALL, vocab=8192, width=512, layers=4, heads=4, kv_heads=2, ffn=2048)
 TPU = {
     "v5e fsdp 16, narrow": tpu("v5e:4x4", MeshPlan(fsdp=16), NARROW, rows_each=1, tokens=512),
-    "v5e fsdp 4, narrow, 64 layers": tpu("v5e:2x2", MeshPlan(fsdp=4), sized(NARROW, layers=64), rows_each=4, tokens=512),
-    "v5e fsdp 16, 4 layers": tpu("v5e:4x4", MeshPlan(fsdp=16), sized(SMALL, layers=4, kv_heads=2), rows_each=1, tokens=4096),
-    "v5e fsdp 16, 16 heads": tpu("v5e:4x4", MeshPlan(fsdp=16), sized(SMALL, vocab=32768, layers=4, heads=16), rows_each=1),
+    "v5e fsdp 4, narrow, 64 layers": tpu(
+        "v5e:2x2", MeshPlan(fsdp=4), sized(NARROW, layers=64), rows_each=4, tokens=512
+    ),
+    "v5e fsdp 16, 4 layers": tpu(
+        "v5e:4x4", MeshPlan(fsdp=16), sized(SMALL, layers=4, kv_heads=2), rows_each=1, tokens=4096
+    ),
+    "v5e fsdp 16, 16 heads": tpu(
+        "v5e:4x4", MeshPlan(fsdp=16), sized(SMALL, vocab=32768, layers=4, heads=16), rows_each=1
+    ),
     "v5e fsdp 4": tpu("v5e:2x2", MeshPlan(fsdp=4)),
     "v5e data 4": tpu("v5e:2x2", MeshPlan(data=4), sized(SMALL, layers=4)),
     "v6e fsdp 4, 16 layers, dots": tpu("v6e:2x2", MeshPlan(fsdp=4), sized(SMALL, layers=16), remat="dots"),

@@ -9,16 +9,18 @@ import pytest
 from lmeff.core.precision import Policy
 from lmeff.models.config import preset
 from lmeff.parallel.activations import kept_bytes
+from lmeff.parallel.devices import topology
 from lmeff.parallel.mesh import MeshPlan, make_layout
 from lmeff.parallel.region import Kept
 from lmeff.plan.job import Job, Shape
-from lmeff.plan.temporaries import temporary_bytes
+from lmeff.plan.temporaries import reported_bytes, temporary_bytes
 from lmeff.train.optim import OptimConfig
 from lmeff.train.runtime import Frozen, plain_runtime
 from lmeff.train.state import abstract_batch, abstract_state
 from lmeff.train.step import gradients
-from tests.plan.cases import CFG, CPU, EXPERTS, HELD_OUT, MIXED, cpu, sized
+from tests.plan.cases import CFG, CPU, EXPERTS, HELD_OUT, MIXED, TPU, cpu, sized
 from tests.plan.programs import memory
+from tests.tpu.programs import needs_libtpu
 
 
 def total(job):
@@ -106,3 +108,27 @@ def test_temporaries_beside_the_cpu_compiler(name):
     found, want = total(job), memory(job).temp_size_in_bytes
     print(f"\n{name}: {found / want - 1:+.1%}")
     assert found == pytest.approx(want, rel=0.1 if name in CPU else 0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_aot
+@needs_libtpu
+@pytest.mark.parametrize("name", ["v5e fsdp 4, narrow, 64 layers", "v5p fsdp 4"])
+def test_temporaries_beside_the_tpu_compiler(name):
+    where, job = TPU[name]
+    found = memory(job, topology(where))
+    want = found.argument_size_in_bytes + found.temp_size_in_bytes
+    total = found.argument_size_in_bytes + reported_bytes(job, family=where.split(":")[0])
+    print(f"\n{name}: {total / want - 1:+.1%}")
+    assert total == pytest.approx(want, rel=0.15)
+
+
+def test_a_chip_reserves_less_than_the_compiler_reports():
+    _, job = TPU["llama3_8b v5e:4x4"]
+    found = temporary_bytes(job, family="v5e")
+    assert found["scratch"] == 64 * 2**20
+    assert sum(found.values()) < reported_bytes(job, family="v5e"), "holes are counted once more"
+    assert sum(temporary_bytes(job).values()) - sum(found.values()) == 112 * 2**20, (
+        "what is in vector memory is not in HBM"
+    )
+    assert reported_bytes(CPU["fsdp 8"]) == sum(temporary_bytes(CPU["fsdp 8"]).values())
