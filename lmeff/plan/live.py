@@ -112,8 +112,10 @@ def _tpu(cfg: ModelConfig, saved: Saved, partial: bool) -> list[Live]:
 
 
 def ffn_forward(layout: Layout, cfg: ModelConfig) -> Live:
-    """While the ffn of a layer goes forward and nothing is kept: its input, up, gate and hidden."""
-    return {"BtD": (2, 0), "BTD": (1, 0), _hidden(cfg): (2, 1)}
+    """While the ffn of a layer goes forward: the stream, its norm, up, gate and hidden; sums over parts of weights that arrive are float32."""
+    partial = layout.platform == "tpu" and arrives(layout)
+    gate = int(cfg.gated)
+    return {"BtD": (3, 0), "BTD": (2, 0), _hidden(cfg): (1, 1 + gate) if partial else (2 + gate, 0)}
 
 
 def attention_loop(layout: Layout) -> Live:

@@ -278,6 +278,14 @@ def backward(device: Device) -> Bytes:
     return _sum(_through(device), _layer_weights(device, student), _compression(device), kept, own)
 
 
+def forward(device: Device) -> Bytes:
+    """The ffn of the last layer, going forward."""
+    student = device.student
+    kept = {"kept activations": student.layers * student.kept(device.remat)}
+    through = _through(device, copies=1) if device.region else {}
+    return _sum(through, kept, {"block": student.bytes(ffn_forward(device.layout, student.cfg))})
+
+
 def loss(device: Device) -> Bytes:
     """A chunk of tokens: logits and what becomes of them, the head's gradient, hidden states; a teacher's beside the student's.
 
@@ -370,5 +378,5 @@ def _outputs(cfg: ModelConfig) -> Live:
     return {"BTHC": (1, 0), "BTKC": (2, 0), **ffn}
 
 
-STRAIGHT = (backward, loss, teaching, update)
+STRAIGHT = (forward, backward, loss, teaching, update)
 PIPELINED = (pipelined_backward, update)
