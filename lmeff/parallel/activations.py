@@ -35,20 +35,25 @@ ORDER = ("none", "dots", "names", "save:attn_out", "full")  # from least to most
 
 def kept_bytes(remat: str, cfg: ModelConfig, layout: Layout, rows: int, tokens: int, dtype: Any) -> int:
     """Bytes a device keeps of all its layers under a policy, for a microbatch of so many rows [B, T] of the whole mesh."""
-    sizes = local_sizes(cfg, layout, rows, tokens)
-    return -(-cfg.layers // layout.size(("pipe",))) * sum(
-        x.bytes(sizes) for x in kept_arrays(remat, cfg, layout, tokens, dtype)
-    )
+    return -(-cfg.layers // layout.size(("pipe",))) * layer_bytes(remat, cfg, layout, rows, tokens, dtype)
+
+
+def layer_bytes(remat: str, cfg: ModelConfig, layout: Layout, rows: int, tokens: int, dtype: Any) -> int:
+    """Of one layer. What waits in the host's memory is not counted, but on the CPU, which has only that."""
+    sizes, arrays = local_sizes(cfg, layout, rows, tokens), kept_arrays(remat, cfg, layout, tokens, dtype)
+    return sum(array.bytes(sizes) for array in arrays if not array.host or layout.platform == "cpu")
 
 
 class Kept(NamedTuple):
-    """An array that the backward pass of one block is given: the letters of each dim (several where dims are merged), and bytes of a number.
+    """An array that the backward pass of one block is given: the letters of each dim (several where dims are merged), bytes of a number, and whether it
+    waits in the host's memory.
 
     The residual stream and what is added to it, [B, T, D], are cut over T also where no head or neuron is.
     """
 
     dims: tuple[str, ...]
     itemsize: int
+    host: bool = False
 
     def bytes(self, sizes: Mapping[str, int]) -> int:
         """On a device where letters have these sizes."""
@@ -136,7 +141,10 @@ def _traced(remat: str, cfg: ModelConfig, platform: str, tokens: int, dtype: Any
     given = {id(v) for v in traced.invars[1:]}  # all but the block's input
     outs = {id(v): v.aval for v in traced.outvars if id(v) not in given and v.aval.shape}
     letters = _letters_by_size(cfg, rows, tokens)
-    return tuple(Kept(tuple(letters[size] for size in x.shape), x.dtype.itemsize) for x in outs.values())
+    return tuple(
+        Kept(tuple(letters[size] for size in x.shape), x.dtype.itemsize, x.memory_space == jax.memory.Space.Host)
+        for x in outs.values()
+    )
 
 
 def _letters_by_size(cfg: ModelConfig, rows: int, tokens: int) -> dict[int, str]:

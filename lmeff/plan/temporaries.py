@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from lmeff.compress.config import Quantize
 from lmeff.distill.objectives import CHUNK, rows_at_once, shared_axes
 from lmeff.models.config import ModelConfig
-from lmeff.parallel.activations import kept_arrays, local_sizes
+from lmeff.parallel.activations import layer_bytes, local_sizes
 from lmeff.parallel.mesh import ZERO_AXIS, Layout
 from lmeff.parallel.program import SlotCounts, slots
 from lmeff.parallel.schedules import resolve
@@ -194,10 +194,9 @@ class Part:
         return total(live, self.sizes, self.device.narrow)
 
     def kept(self, remat: str) -> float:
-        """Of one layer, from its forward to its backward pass."""
-        job = self.device.job
-        arrays = kept_arrays(remat, self.cfg, self.device.layout, job.tokens, job.policy.compute)
-        return sum(array.bytes(self.sizes) for array in arrays)
+        """Bytes of one layer, from its forward to its backward pass."""
+        device = self.device
+        return layer_bytes(remat, self.cfg, device.layout, device.rows, device.job.tokens, device.job.policy.compute)
 
     @property
     def saved(self) -> Saved:

@@ -8,7 +8,7 @@ import pytest
 
 from lmeff.core.errors import ConfigError
 from lmeff.parallel.activations import ORDER, choose, kept_bytes, refuse_without_host_memory
-from lmeff.parallel.mesh import MeshPlan, make_layout
+from lmeff.parallel.mesh import MeshPlan, make_layout, plan_layout
 from tests.layouts.test_step import kept
 from tests.layouts.trial import MODELS
 
@@ -62,3 +62,8 @@ def test_offloading_needs_memory_that_devices_reach():
     ):
         refuse_without_host_memory(layout, "optim.offload: got True")
     assert choose("offload:attn_out", CFG, ONE, ROWS, TOKENS, jnp.float32) == "offload:attn_out"
+
+
+def test_what_waits_on_the_host_is_not_on_the_device():
+    layout = plan_layout(MeshPlan(), 1, "tpu")
+    assert bytes_of("offload:attn_out", layout) == bytes_of("full", layout) < bytes_of("save:attn_out", layout)
