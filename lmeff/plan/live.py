@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from lmeff.models.config import ModelConfig
 from lmeff.models.remat import parse
+from lmeff.models.splash import LANES
 from lmeff.models.transformer import sites
 from lmeff.parallel.mesh import Layout
 
@@ -50,7 +51,11 @@ def add(*tables: Live) -> Live:
 
 def ffn_backward(layout: Layout, cfg: ModelConfig, saved: Saved) -> list[Live]:
     """Moments while the ffn goes back, of which the fullest counts; what was recomputed of attention waits for its turn."""
-    return _tpu(cfg, saved, arrives(layout)) if layout.platform == "tpu" else _cpu(cfg, saved)
+    return (
+        _tpu(cfg, saved, partial=arrives(layout), summed=layout.mesh.shape["tensor"] > 1)
+        if layout.platform == "tpu"
+        else _cpu(cfg, saved)
+    )
 
 
 def arrives(layout: Layout) -> bool:
@@ -90,17 +95,23 @@ def _hidden(cfg: ModelConfig) -> str:
     return "BTF" if cfg.moe is None else "MF"
 
 
-def _tpu(cfg: ModelConfig, saved: Saved, partial: bool) -> list[Live]:
-    """partial: sums over what has arrived of the weights are float32, at the peak that of the gradient of hidden."""
+def _tpu(cfg: ModelConfig, saved: Saved, *, partial: bool, summed: bool) -> list[Live]:
+    """partial: sums over what has arrived of the weights are float32, at the peak that of the gradient of hidden.
+    summed: so is the gradient of the ffn's input until it is summed over tensor.
+    """
     gate = int(cfg.gated)
     again = 0 if saved.products else 1 + gate
     return [
         {
+            "BT": (
+                0,
+                4 * LANES,
+            ),  # documents for the kernel, cosines and sines: a number, or few, a token fill a vector
             "BtD": (
                 4,
                 0,
             ),  # the block's input, sliced and as it is used, what attention made of it, the gradient of the output
-            "BTD": (2, 0),  # both norms' outputs
+            "BTD": (2, int(summed)),  # both norms' outputs
             "BTHC": (1 if saved.attention else 3, 0),  # q, attention's output as the kernel left it and masked
             "BTKC": (2, 0),
             _hidden(cfg): (
