@@ -156,8 +156,17 @@ def _slice_layers(device: Device) -> int:
     return -(-device.student.cfg.layers // device.schedule.slices)
 
 
-def stashes(device: Device) -> Bytes:
-    """The buffers of the executor: rows of `lmeff.parallel.program.SlotCounts`, and a spare one each."""
+def pipelined_forward(device: Device) -> Bytes:
+    """F: the stash as the branch got it and as it leaves it, and a layer going forward."""
+    block = {"block": device.student.bytes(ffn_forward(device.layout, device.student.cfg))}
+    return _sum(_through(device), _layer_weights(device, device.student), stashes(device, pending=1), block)
+
+
+def stashes(device: Device, pending: int = 2) -> Bytes:
+    """The buffers of the executor: rows of `lmeff.parallel.program.SlotCounts`, and a spare one each.
+
+    pending: how often there are those from B to W.
+    """
     student, plan = device.student, device.job.mesh
     assert device.schedule is not None
     rows = device.schedule.slots
@@ -167,11 +176,11 @@ def stashes(device: Device) -> Bytes:
     )
     inputs, outputs = (layers * student.bytes(table) for table in (_inputs(student.cfg), _outputs(student.cfg)))
     if plan.stash == "input":
-        stash, pending = stream, inputs + outputs
+        stash, left = stream, inputs + outputs
     else:
-        stash, pending = stream + layers * student.kept(device.remat) + inputs, outputs
-    twice = 2 * ((rows.stash + 1) * stash + (rows.pending + 1) * pending)
-    return {"stash": twice + (rows.activation + rows.gradient + 2) * stream}
+        stash, left = stream + layers * student.kept(device.remat) + inputs, outputs
+    arrived = (rows.activation + rows.gradient + 2) * stream
+    return {"stash": 2 * (rows.stash + 1) * stash + pending * (rows.pending + 1) * left + arrived}
 
 
 def _inputs(cfg: ModelConfig) -> Live:
@@ -187,4 +196,4 @@ def _outputs(cfg: ModelConfig) -> Live:
 
 
 STRAIGHT = (forward, backward, loss, teaching, update)
-PIPELINED = (pipelined_backward, update)
+PIPELINED = (pipelined_forward, pipelined_backward, update)
