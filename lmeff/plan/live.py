@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from lmeff.models.config import ModelConfig
 from lmeff.models.remat import parse
+from lmeff.models.splash import LANES
 from lmeff.models.transformer import sites
 from lmeff.parallel.mesh import Layout
 
@@ -50,12 +51,16 @@ def add(*tables: Live) -> Live:
 
 def ffn_backward(layout: Layout, cfg: ModelConfig, saved: Saved) -> list[Live]:
     """Moments while the ffn goes back, of which the fullest counts; what was recomputed of attention waits for its turn."""
-    return _tpu(cfg, saved, arrives(layout)) if layout.platform == "tpu" else _cpu(cfg, saved)
+    return (
+        _tpu(cfg, saved, partial=arrives(layout) and saved.everything, summed=layout.mesh.shape["tensor"] > 1)
+        if layout.platform == "tpu"
+        else _cpu(cfg, saved)
+    )
 
 
 def arrives(layout: Layout) -> bool:
     """Whether XLA for TPUs multiplies with parts of weights as they arrive (collective matmul). It did on 8, 16 and 64 devices of an fsdp axis, and not on
-    4 or 256."""
+    4 or 256. Where something is recomputed, weights of the ffn are gathered first (`lmeff.parallel.seam.gathering_einsum`)."""
     return 8 <= layout.size(layout.axes("D")) <= 64
 
 
@@ -90,17 +95,23 @@ def _hidden(cfg: ModelConfig) -> str:
     return "BTF" if cfg.moe is None else "MF"
 
 
-def _tpu(cfg: ModelConfig, saved: Saved, partial: bool) -> list[Live]:
-    """partial: sums over what has arrived of the weights are float32, at the peak that of the gradient of hidden."""
+def _tpu(cfg: ModelConfig, saved: Saved, *, partial: bool, summed: bool) -> list[Live]:
+    """partial: sums over what has arrived of the weights are float32, at the peak that of the gradient of hidden.
+    summed: so is the gradient of the ffn's input until it is summed over tensor.
+    """
     gate = int(cfg.gated)
     again = 0 if saved.products else 1 + gate
     return [
         {
+            "BT": (
+                0,
+                4 * LANES,
+            ),  # documents for the kernel, cosines and sines: a number, or few, a token fill a vector
             "BtD": (
                 4,
                 0,
             ),  # the block's input, sliced and as it is used, what attention made of it, the gradient of the output
-            "BTD": (2, 0),  # both norms' outputs
+            "BTD": (2, int(summed)),  # both norms' outputs
             "BTHC": (1 if saved.attention else 3, 0),  # q, attention's output as the kernel left it and masked
             "BTKC": (2, 0),
             _hidden(cfg): (
@@ -111,9 +122,12 @@ def _tpu(cfg: ModelConfig, saved: Saved, partial: bool) -> list[Live]:
     ]
 
 
-def ffn_forward(layout: Layout, cfg: ModelConfig) -> Live:
-    """While the ffn of a layer goes forward: the stream, its norm, up, gate and hidden; sums over parts of weights that arrive are float32."""
-    partial = layout.platform == "tpu" and arrives(layout)
+def ffn_forward(layout: Layout, cfg: ModelConfig, *, everything: bool) -> Live:
+    """While the ffn of a layer goes forward: the stream, its norm, up, gate and hidden; sums over parts of weights that arrive are float32.
+
+    everything: no remat policy, so that weights are not gathered first.
+    """
+    partial = layout.platform == "tpu" and arrives(layout) and everything
     gate = int(cfg.gated)
     return {"BtD": (3, 0), "BTD": (2, 0), _hidden(cfg): (1, 1 + gate) if partial else (2 + gate, 0)}
 

@@ -113,7 +113,7 @@ def test_temporaries_beside_the_cpu_compiler(name):
 @pytest.mark.slow
 @pytest.mark.tpu_aot
 @needs_libtpu
-@pytest.mark.parametrize("name", ["v5e fsdp 4, narrow, 64 layers", "v5p fsdp 4"])
+@pytest.mark.parametrize("name", ["v5e fsdp 4, narrow, 64 layers", "v4 fsdp 4, 16 layers"])
 def test_temporaries_beside_the_tpu_compiler(name):
     where, job = TPU[name]
     found = memory(job, topology(where))
