@@ -6,7 +6,6 @@ Appends to results.jsonl, skips what is there, and prints the table; `--no-compi
 
 import argparse
 import json
-import math
 import os
 import statistics
 import sys
@@ -19,15 +18,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
 from lmeff.parallel.devices import topology
 from lmeff.plan.job import Job
+from lmeff.plan.state import state_bytes
 from lmeff.plan.temporaries import reported_bytes, temporary_bytes
-from tests.plan.cases import CPU, HELD_OUT, TPU
-from tests.plan.programs import arguments, memory
+from tests.plan.cases import CPU, HELD_OUT, TPU, memory
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 MIB = 2**20
@@ -39,10 +37,9 @@ KINDS: dict[str, dict[str, tuple[str | None, Job]]] = {
 
 
 def predicted(name: str | None, job: Job) -> dict[str, Any]:
-    """MiB: arguments by the shapes of their shards, temporaries by category and as the compiler reports them, and what is live of them."""
+    """MiB: arguments, temporaries by category and as the compiler reports them, and what is live of them."""
     family = None if name is None else name.split(":")[0]
-    leaves = jax.tree.leaves(arguments(job, devices_of(name, job)))
-    held = sum(jnp.dtype(x.dtype).itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
+    held = sum(state_bytes(job).values())
     found = {part: size / MIB for part, size in temporary_bytes(job, family=family).items()}
     live = sum(found.values()) - found.get("scratch", 0)
     return {"arguments": held / MIB, "temporaries": reported_bytes(job, family=family) / MIB, "live": live}

@@ -2,18 +2,29 @@
 
 import dataclasses
 
+import jax
+
 from lmeff.compress.config import MATRICES, Prune, Quantize
 from lmeff.distill.objectives import Distill
 from lmeff.models.config import ModelConfig, MoE, preset
 from lmeff.parallel.devices import parse_topology
-from lmeff.parallel.mesh import MeshPlan
+from lmeff.parallel.mesh import MeshPlan, make_layout
 from lmeff.plan.job import Job, Shape
+from lmeff.plan.program import compiled
 from lmeff.recipe.artifact import Recipe
 
 CFG = ModelConfig(vocab=2048, width=256, layers=4, heads=8, kv_heads=8, ffn=704, tied=False)
 EXPERTS = dataclasses.replace(CFG, ffn=256, moe=MoE(experts=8, top_k=2))
 MIXED = "params=float32,compute=bfloat16,output=bfloat16,state=float32"
 LSQ = Quantize(method="lsq", rules=((MATRICES, "int4/g32"), (".*", None)))
+
+
+def memory(job, devices=None):
+    """What the compiler says of the step's memory on one device."""
+    devices = devices or jax.devices()[: job.devices]
+    # Other tests ask for the highest precision, which a kernel of bfloat16 products cannot have.
+    with jax.default_matmul_precision("default"):
+        return compiled(job, make_layout(job.mesh, devices)).memory_analysis()
 
 
 def cpu(cfg=CFG, mesh=MeshPlan(), devices=1, transforms=(), **fields):  # noqa: B008 -- frozen

@@ -18,8 +18,7 @@ from lmeff.train.optim import OptimConfig
 from lmeff.train.runtime import Frozen, plain_runtime
 from lmeff.train.state import abstract_batch, abstract_state
 from lmeff.train.step import gradients
-from tests.plan.cases import CFG, CPU, EXPERTS, HELD_OUT, MIXED, TPU, cpu, sized
-from tests.plan.programs import memory
+from tests.plan.cases import CFG, CPU, EXPERTS, HELD_OUT, MIXED, TPU, cpu, memory, sized
 from tests.tpu.programs import needs_libtpu
 
 
