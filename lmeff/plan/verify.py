@@ -27,6 +27,7 @@ from lmeff.plan.estimate import Memory
 from lmeff.plan.job import Job
 from lmeff.plan.program import compiled
 from lmeff.plan.state import CATEGORIES, OTHER, category_of, host_bytes, state_bytes
+from lmeff.plan.temporaries import reported_bytes
 
 NEEDED = re.compile(
     r"Used ([\d.]+\w) of ([\d.]+\w) hbm|temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)"
@@ -53,6 +54,7 @@ class Verification(NamedTuple):
     argument:    the state, the batch and what is frozen; arguments: the same by category, as `state_bytes` has them.
     output, alias: results, and how much of them lies where an argument lay.
     temp:        besides; on TPUs with the holes in the block of temporaries counted twice (see the module).
+    reported:    what `temp` was predicted to be; less than that is reserved (`lmeff.plan.temporaries`).
     peak:        the largest sum of live buffers; a CPU's leaves temporaries out. None where the backend does not tell it.
     host:        arguments and temporaries in the host's memory. code: of the program.
     seconds:     of compilation, tracing included.
@@ -66,6 +68,7 @@ class Verification(NamedTuple):
     output: int
     alias: int
     temp: int
+    reported: int
     peak: int | None
     host: int
     code: int
@@ -82,19 +85,19 @@ class Verification(NamedTuple):
     @property
     def rows(self) -> tuple[Row, ...]:
         """Each category of arguments, then arguments, temporaries and their total on the device, and what lies on the host."""
-        state, temporaries = (sum(part.values()) for part in (self.predicted.state, self.predicted.temporaries))
+        state = sum(self.predicted.state.values())
         categories = [name for name in (*CATEGORIES, OTHER) if name in self.predicted.state or name in self.arguments]
         return (
             *(Row(name, self.predicted.state.get(name, 0), self.arguments.get(name, 0)) for name in categories),
             Row("arguments", state, self.argument),
-            Row("temporaries", temporaries, self.total - self.argument),
-            Row("total", self.predicted.total, self.total),
+            Row("temporaries", self.reported, self.total - self.argument),
+            Row("total", state + self.reported, self.total),
             Row("host", self.predicted.host, self.host),
         )
 
     def to_json(self) -> dict[str, Any]:
         """`{"compiled": ...}`, to be laid beside what `Estimate.to_json` gives."""
-        numbers = ("argument", "output", "alias", "temp", "total", "peak", "host", "code")
+        numbers = ("argument", "output", "alias", "temp", "reported", "total", "peak", "host", "code")
         return {
             "compiled": {
                 "where": self.where,
@@ -110,7 +113,7 @@ class Verification(NamedTuple):
 def verify(job: Job, where: str | Sequence[Any], predicted: Memory | None = None) -> Verification:
     """Compiles the job's train step for a TPU topology by name ("v5e:4x4"), or for devices, and reads off what it takes.
 
-    predicted: what to compare with; where None, the state alone, which is exact.
+    predicted: what to blame where it does not fit; where None, the state alone, which is exact.
     Raises `DoesNotFit` where the compiler finds too little memory, `ConfigError` for what cannot be cut over these devices. Nothing is allocated.
     """
     devices = topology(where) if isinstance(where, str) else list(where)
@@ -135,6 +138,7 @@ def verify(job: Job, where: str | Sequence[Any], predicted: Memory | None = None
         output=memory.output_size_in_bytes,
         alias=memory.alias_size_in_bytes,
         temp=memory.temp_size_in_bytes,
+        reported=reported_bytes(job, family=where.split(":")[0] if isinstance(where, str) else None),
         peak=getattr(memory, "peak_memory_in_bytes", None),
         host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,

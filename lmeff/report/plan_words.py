@@ -160,11 +160,8 @@ def compared(plan: Json) -> list[tuple[str, float, float, float | None]]:
     if not compiled or "total_bytes" not in compiled:
         return []
     memory = fullest(plan)
-    predicted = {
-        "argument_bytes": sum(memory["state"].values()),
-        "temp_bytes": sum(memory["temporaries"].values()),
-        "total_bytes": memory["total"],
-    }
+    held, temporaries = sum(memory["state"].values()), compiled["reported_bytes"]
+    predicted = {"argument_bytes": held, "temp_bytes": temporaries, "total_bytes": held + temporaries}
     found = {**compiled, "temp_bytes": compiled["total_bytes"] - compiled["argument_bytes"]}
     rows = []
     for key, name in (("argument_bytes", "arguments"), ("temp_bytes", "temporaries"), ("total_bytes", "total")):
@@ -172,7 +169,9 @@ def compared(plan: Json) -> list[tuple[str, float, float, float | None]]:
         rows.append((name, ours, theirs, ours / theirs - 1 if theirs else None))
     if compiled.get("peak_bytes") and plan["chip"] != "cpu":  # a CPU's leaves temporaries out
         peak = compiled["peak_bytes"]
-        rows.append(("live at the peak", memory["total"], peak, memory["total"] / peak - 1))
+        rows.append(
+            ("live at the peak", memory["total"], peak, memory["total"] / peak - 1)
+        )  # and no hole counted twice
     return rows
 
 

@@ -64,7 +64,7 @@ def test_a_step_on_two_devices(found):
 
 
 def test_a_prediction_is_laid_beside(found):
-    found = found._replace(predicted=Memory(0, {"parameters": 10, "optimizer": 20}, {"gradients": 70}, 5))
+    found = found._replace(predicted=Memory(0, {"parameters": 10, "optimizer": 20}, {"gradients": 70}, 5), reported=70)
     rows = {row.name: row for row in found.rows}
     assert {name: row.predicted for name, row in rows.items()} == {
         "parameters": 10,
