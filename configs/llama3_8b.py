@@ -3,7 +3,7 @@
 lmeff plan configs/llama3_8b.py --topology v5p:4x4x4                        # on a laptop, without any TPU
 lmeff run configs/llama3_8b.py --distributed --runs gs://BUCKET/runs        # on every host of the slice
 
-The plan says: 26 of a chip's 95.7 GiB; about 296 thousand tokens/s (168 to 453), MFU 52% with causal attention; 6 days, 9,600 chip-hours, 2.9 MWh. Nothing
+The plan says: 25 of a chip's 95.7 GiB; about 296 thousand tokens/s (168 to 453), MFU 52% with causal attention; 6 days, 9,600 chip-hours, 2.9 MWh. Nothing
 of this has been measured on a TPU.
 
 Yours to provide: text. `corpus/` is a folder of JSON lines with a field "text", on a file system that every host sees; `--data.path` names another. The

@@ -79,10 +79,8 @@ def _cpu(cfg: ModelConfig, saved: Saved) -> list[Live]:
         "BtD": (3, 0),  # the block's input, what attention made of it, the gradient of the output
         "BTD": (4, 0),  # both norms' outputs, as they are and transposed for the gradients of weights
         "BTHC": (0, 0) if saved.attention else (1, 1),  # attention's output, by units and transposed
-        hidden: (
-            3 + gate - saved.hidden,
-            2 + gate,
-        ),  # sigmoid, hidden, gradients of up and gate; up, gate, gradient of hidden
+        # Sigmoid, hidden, gradients of up and gate; up, gate, gradient of hidden
+        hidden: (3 + gate - saved.hidden, 2 + gate),
     }
     if cfg.moe is not None:
         # Rows as they are sent, the gradient of what comes back; and of products in a loop the zeroed results.
@@ -103,21 +101,15 @@ def _tpu(cfg: ModelConfig, saved: Saved, *, partial: bool, summed: bool) -> list
     again = 0 if saved.products else 1 + gate
     return [
         {
-            "BT": (
-                0,
-                4 * LANES,
-            ),  # documents for the kernel, cosines and sines: a number, or few, a token fill a vector
-            "BtD": (
-                4,
-                0,
-            ),  # the block's input, sliced and as it is used, what attention made of it, the gradient of the output
+            # Documents for the kernel, cosines and sines: a number, or few, a token fill a vector
+            "BT": (0, 4 * LANES),
+            # The block's input, sliced and as it is used, what attention made of it, the gradient of the output
+            "BtD": (4, 0),
             "BTD": (2, int(summed)),  # both norms' outputs
             "BTHC": (1 if saved.attention else 3, 0),  # q, attention's output as the kernel left it and masked
             "BTKC": (2, 0),
-            _hidden(cfg): (
-                again + 2 + gate - saved.hidden,
-                int(partial),
-            ),  # up, gate; hidden and the gradients of up and gate
+            # up, gate; hidden and the gradients of up and gate
+            _hidden(cfg): (again + 2 + gate - saved.hidden, int(partial)),
         }
     ]
 

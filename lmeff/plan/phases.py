@@ -60,7 +60,7 @@ def _layer_weights(device: Device, part: Part) -> Bytes:
     return {
         "gathered weights": device.narrow * own,
         "gradients": FLOAT * ffn,
-    }  # of the ffn, whole until they are reduced
+    }  # the ffn's are whole until they are reduced
 
 
 def _compression(device: Device) -> Bytes:
