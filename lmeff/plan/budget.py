@@ -44,10 +44,11 @@ def fit(job: Job, chip: Chip, *, most: int = 2**20) -> Fit:
     most: multiples of a step that are tried at most. Raises `ConfigError` for a job that cannot train.
     """
     row_step, token_step = steps(job)
+    capacity = chip.room(job.devices)
     check(job.changed(rows=row_step))
     check(job.changed(tokens=token_step))
-    rows = _largest(lambda n: job.changed(rows=n * row_step), chip.usable, most)
-    tokens = _largest(lambda n: job.changed(tokens=n * token_step), chip.usable, most)
+    rows = _largest(lambda n: job.changed(rows=n * row_step), capacity, most)
+    tokens = _largest(lambda n: job.changed(tokens=n * token_step), capacity, most)
     return Fit(
         rows=rows.count * row_step,
         tokens=tokens.count * token_step,
@@ -57,7 +58,7 @@ def fit(job: Job, chip: Chip, *, most: int = 2**20) -> Fit:
         tokens_bytes=tokens.bytes,
         more_rows_bytes=rows.more,
         more_tokens_bytes=tokens.more,
-        capacity=chip.usable,
+        capacity=capacity,
     )
 
 
