@@ -166,7 +166,7 @@ def _seconds(flows: tuple[Flow, ...], kinds: tuple[str, ...], axes: tuple[str, .
 def slices(job: Job, chip: Chip, topology: Topology | None = None) -> Iterator[str]:
     """Tokens of a slice against those that hide the sums of gradients between slices."""
     degree = job.degrees["dcn"]
-    if degree == 1 or not chip.dcn:
+    if degree == 1 or not chip.dcn or (topology is not None and topology.slices == 1):
         return
     hosts = job.devices / degree / (chip.host * chip.cores)
     least = peak(job, chip) * job.devices / degree / (hosts * chip.dcn) * 2

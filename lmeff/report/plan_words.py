@@ -286,6 +286,9 @@ def roomy(plan: Json) -> list[str]:
 
 
 def _largest(count: int, what: str, beside: str, step: int, used: float, more: float) -> str:
+    if not more:
+        told = f"room for {count:,}" if count else "no room for"
+        return f"{told} {what} {beside}: {count + step:,} are more than the budget of train.remat keeps the inputs of layers of"
     if not count:
         return f"not even {step:,} {what} {beside} fit: they need {words.size(more)}"
     return f"room for {count:,} {what} {beside}: {words.size(used)} on the fullest device; {count + step:,} would need {words.size(more)}"

@@ -6,6 +6,7 @@ import pytest
 
 from lmeff.models.config import preset
 from lmeff.parallel.compressed import Reduce
+from lmeff.parallel.devices import parse_topology
 from lmeff.parallel.mesh import MeshPlan
 from lmeff.parallel.schedules import build
 from lmeff.parallel.simulate import simulate
@@ -152,6 +153,7 @@ def test_slices_and_the_data_center_network():
     assert said.startswith(
         "dcn 2: 262,144 tokens of a slice are above the 146,880 that hide the sums of float32 gradients"
     )
+    assert not list(words.slices(of, V5P, parse_topology("v5p:4x4x8"))), "one slice: its own links join the workers"
     assert "below the 146,880" in next(iter(words.slices(of.changed(rows=16, mesh=of.mesh), V5P)))
 
 
