@@ -61,10 +61,10 @@ class Topology(NamedTuple):
 
 def parse_topology(name: str) -> Topology:
     """`FAMILY:SHAPE[:SLICES]`, such as "v5p:4x4x4" or "v5e:16x16:2"; raises `ConfigError` for what is no such name. Needs no libtpu."""
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?::(\d+))?", name)
+    match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)(?::([1-9]\d*))?", name)
     family, shape, slices = match.groups() if match else ("", "", None)
     known = FAMILIES.get(family)
-    if known is None or shape.count("x") != known.dims - 1 or slices == "0":
+    if known is None or shape.count("x") != known.dims - 1:
         raise ConfigError(
             f"topology: got '{name}', expected FAMILY:SHAPE[:SLICES] with a family of {', '.join(FAMILIES)} and the shape of a slice in chips, "
             "two numbers for v5e and v6e and three for the others: v5e:4x4, v5p:4x4x4, v5e:16x16:2 (two slices)"

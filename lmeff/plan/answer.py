@@ -113,7 +113,7 @@ def search_json(found: Search) -> Json:
         "about as fast, simpler": (found.simple,),
         "best without a pipeline": (found.plain,),
         "best with a pipeline": (found.piped,),
-        "least memory": (found.least,),
+        "least memory of those predicted": (found.least,),
         "the config's": (found.own,),
     }
     for name, estimates in groups.items():

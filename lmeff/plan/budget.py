@@ -24,7 +24,8 @@ class Fit(NamedTuple):
 
     rows, tokens: the largest global batch at the job's context, and the largest context at the job's batch; 0 where not even the smallest fits.
     row_step, token_step: they are multiples of.
-    rows_bytes, tokens_bytes: on the fullest device then. more_rows_bytes, more_tokens_bytes: with one step more, which is above the capacity.
+    rows_bytes, tokens_bytes: on the fullest device then. more_rows_bytes, more_tokens_bytes: with one step more, which is above the capacity; 0 where a
+        budget of `train.remat` is what refuses it.
     """
 
     rows: int
@@ -44,10 +45,11 @@ def fit(job: Job, chip: Chip, *, most: int = 2**20) -> Fit:
     most: multiples of a step that are tried at most. Raises `ConfigError` for a job that cannot train.
     """
     row_step, token_step = steps(job)
+    capacity = chip.room(job.devices)
     check(job.changed(rows=row_step))
     check(job.changed(tokens=token_step))
-    rows = _largest(lambda n: job.changed(rows=n * row_step), chip.usable, most)
-    tokens = _largest(lambda n: job.changed(tokens=n * token_step), chip.usable, most)
+    rows = _largest(lambda n: job.changed(rows=n * row_step), capacity, most)
+    tokens = _largest(lambda n: job.changed(tokens=n * token_step), capacity, most)
     return Fit(
         rows=rows.count * row_step,
         tokens=tokens.count * token_step,
@@ -57,7 +59,7 @@ def fit(job: Job, chip: Chip, *, most: int = 2**20) -> Fit:
         tokens_bytes=tokens.bytes,
         more_rows_bytes=rows.more,
         more_tokens_bytes=tokens.more,
-        capacity=chip.usable,
+        capacity=capacity,
     )
 
 
@@ -82,11 +84,11 @@ class _Most(NamedTuple):
 
 def _largest(make: Callable[[int], Job], capacity: int, most: int) -> _Most:
     """Doubles until it does not fit, then halves what is between."""
-    seen: dict[int, int] = {0: 0}
+    seen: dict[int, float] = {0: 0}
 
-    def size(count: int) -> int:
+    def size(count: int) -> float:
         if count not in seen:
-            seen[count] = fullest(make(count))
+            seen[count] = _bytes_of(make(count))
         return seen[count]
 
     high = 1
@@ -94,11 +96,22 @@ def _largest(make: Callable[[int], Job], capacity: int, most: int) -> _Most:
         high *= 2
     low = 0 if high == 1 else high // 2
     if size(high) <= capacity:
-        return _Most(high, size(high), size(high))
+        return _Most(high, int(size(high)), int(size(high)))
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if size(middle) <= capacity else (low, middle)
-    return _Most(low, size(low), size(low + 1))
+    more = size(low + 1)
+    return _Most(low, int(size(low)), 0 if math.isinf(more) else int(more))
+
+
+def _bytes_of(job: Job) -> float:
+    """On the fullest device; infinite where a budget of activations does not even keep the inputs of layers."""
+    try:
+        return fullest(job)
+    except ConfigError:
+        if job.remat.startswith("budget:"):
+            return math.inf
+        raise
 
 
 class Option(NamedTuple):

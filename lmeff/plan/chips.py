@@ -60,6 +60,10 @@ class Chip:
         """How many chips so many devices are. Simulated devices of a CPU share one."""
         return 1 if self.platform == "cpu" else devices / self.cores
 
+    def room(self, devices: int) -> int:
+        """Bytes that programs may fill on each of so many devices. Simulated devices of a CPU share its memory."""
+        return self.usable // devices if self.platform == "cpu" else self.usable
+
     def closes(self, side: int) -> bool:
         """Whether a side of a slice is a ring."""
         return self.wraps > 0 and side % self.wraps == 0

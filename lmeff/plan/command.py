@@ -1,8 +1,9 @@
 """`lmeff plan`: what a config needs before it runs. Predicted by arithmetic in seconds; with a topology also compiled."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ from lmeff.report.plan import write_plan
 
 Json = dict[str, Any]
 SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+MOST_CUTS = 64  # of tensor and of context, where a search begins
 COUNTS = {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 
 
@@ -90,7 +92,7 @@ def check(command: Plan) -> None:
         raise UsageError("plan: got --compile and --no-compile, expected one of the two")
     if command.budget_bytes is not None:
         size("--budget-bytes", command.budget_bytes)
-    if command.budget_ms is not None and not command.budget_ms > 0:
+    if command.budget_ms is not None and not 0 < command.budget_ms < math.inf:
         raise UsageError(f"--budget-ms: got {command.budget_ms}, expected milliseconds above 0, such as 20")
     if command.tokens is not None:
         count("--tokens", command.tokens)
@@ -103,8 +105,9 @@ def target(command: Plan, experiment: Experiment) -> Target:
             raise UsageError(
                 f"plan: got --topology {command.topology} with --chip or --devices, expected it alone: a topology has its chips and their number"
             )
-        found = parse_topology(command.topology)
-        return Target(chip(found.family), found.devices, found, command.topology)
+        found, family = parse_topology(command.topology), chip(parse_topology(command.topology).family)
+        check_slice(found, family, command.topology)
+        return Target(family, found.devices, found, command.topology)
     if command.devices is not None and command.devices < 1:
         raise UsageError(f"--devices: got {command.devices}, expected at least 1")
     if command.compile:
@@ -113,7 +116,17 @@ def target(command: Plan, experiment: Experiment) -> Target:
                 f"plan: got --compile for --chip {command.chip}, expected --chip cpu, or a topology, such as --topology v5p:4x4x4"
             )
         simulate_devices(command.devices or asked(experiment))
-    return Target(chip(command.chip or "cpu"), command.devices or asked(experiment))
+    return Target(chip("cpu" if command.chip is None else command.chip), command.devices or asked(experiment))
+
+
+def check_slice(found: Topology, family: Chip, name: str) -> None:
+    """Refuses slices that are larger than any of their family."""
+    sides = [int(side) for side in found.shape.split("x")]
+    if max(sides) > family.longest or math.prod(sides) > family.pod:
+        raise ConfigError(
+            f"topology: got '{name}', expected slices of at most {family.pod:,} {family.name} chips with sides up to {family.longest}; "
+            "several slices are FAMILY:SHAPE:SLICES"
+        )
 
 
 def asked(experiment: Experiment) -> int:
@@ -130,12 +143,12 @@ def plan(command: Plan, overrides: Sequence[str], console: Console) -> Json:
     check(command)
     experiment, _ = resolve(command.config, overrides, prog="lmeff plan")
     where = target(command, experiment)
-    experiment = on_some_mesh(command, experiment, where, console)
-    chosen, others = choose(command, experiment, where)
+    begun = on_some_mesh(command, experiment, where, console)
+    chosen, others = choose(command, begun, where)
     plans = {job.name: predict(job, where.chip, where.topology) for job in others}
     answers = [estimate_json(estimate) for estimate in plans.values()]
     found = next(answer for answer in answers if answer["stage"] == chosen.name)
-    found |= extras(command, plans[chosen.name], where, console)
+    found |= extras(command, plans[chosen.name], where, console, own=begun is experiment)
     answer = join(experiment.name, answers, found)
     if len(answers) > 1:
         overview(answers, console)
@@ -150,26 +163,45 @@ def plan(command: Plan, overrides: Sequence[str], console: Console) -> Json:
 
 
 def on_some_mesh(command: Plan, experiment: Experiment, where: Target, console: Console) -> Experiment:
-    """The experiment; for a search with a mesh of so many devices where its own has another number, since every mesh is tried anyway."""
-    asks = asked(experiment)
-    if not command.search or (where.devices % asks == 0 and (experiment.mesh.data is None or where.devices == asks)):
+    """The experiment; for a search with a mesh that can train on so many devices where its own cannot, since every mesh is tried anyway."""
+    refusal = refused(experiment, where)
+    if not command.search or refusal is None:
         return experiment
+    for mesh in simple_meshes(where):
+        changed = dataclasses.replace(experiment, mesh=mesh)
+        if refused(changed, where) is None:
+            shown = " x ".join(f"{axis} {n}" for axis, n in mesh.degrees(where.devices).items() if n > 1)
+            told = f"the config's mesh cannot train on {words.plural(where.devices, 'device')}; the search begins from {shown or 'one device'} ({refusal})"
+            console.print(told, style="yellow", highlight=False, soft_wrap=not console.is_terminal)
+            return changed
+    return experiment
+
+
+def refused(experiment: Experiment, where: Target) -> str | None:
+    """Why the config as it is cannot train there; None where it can."""
+    try:
+        jobs(experiment, where.devices, where.chip.platform)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def simple_meshes(where: Target) -> Iterator[MeshPlan]:
+    """Of every device, those of fsdp with tensor and context beside it, the least of these first."""
     slices = 1 if where.topology is None else where.topology.slices
-    mesh = MeshPlan(dcn=slices, fsdp=where.devices // slices)
-    console.print(
-        f"the config's mesh has {asks} devices; on {where.devices} the search begins from fsdp {mesh.fsdp}",
-        style="yellow",
-        highlight=False,
-    )
-    return dataclasses.replace(experiment, mesh=mesh)
+    each = where.devices // slices
+    cuts = [n for n in range(1, min(each, MOST_CUTS) + 1) if each % n == 0]
+    pairs = [(tensor, context) for tensor in cuts for context in cuts if each % (tensor * context) == 0]
+    for tensor, context in sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair[1])):
+        yield MeshPlan(dcn=slices, fsdp=each // (tensor * context), tensor=tensor, context=context)
 
 
-def extras(command: Plan, estimate: Estimate, where: Target, console: Console) -> Json:
-    """What the options ask for besides the plan itself."""
+def extras(command: Plan, estimate: Estimate, where: Target, console: Console, *, own: bool = True) -> Json:
+    """What the options ask for besides the plan itself. own: whether its mesh is the config's."""
     found: Json = {}
     job = estimate.job
     if command.search:
-        found["search"] = search_json(search(job, where.chip, topology=where.topology))
+        found["search"] = search_json(search(job, where.chip, topology=where.topology, own=own))
     if command.fit:
         found["room"] = fit(job, where.chip)._asdict()
     if command.budget_bytes is not None or command.budget_ms is not None:
@@ -226,7 +258,7 @@ def count(option: str, text: str) -> int:
     """A number with a prefix, such as 15T; raises `UsageError` for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([kMBGT]?)", text)
     value = float(match[1]) * COUNTS[match[2]] if match else 0
-    if value < 1:
+    if not 1 <= value < math.inf:
         raise UsageError(f"{option}: got '{text}', expected a number of at least 1, such as 300B, 15T or 2e12")
     return int(value)
 
@@ -235,7 +267,7 @@ def size(option: str, text: str) -> int:
     """Bytes with a unit, such as 4GiB; raises `UsageError` for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s?(\w+)", text)
     value = float(match[1]) * SIZES.get(match[2], 0) if match else 0
-    if value < 1:
+    if not 1 <= value < math.inf:
         raise UsageError(f"{option}: got '{text}', expected a number with a unit of {', '.join(SIZES)}, such as 4GiB")
     return int(value)
 

@@ -114,14 +114,14 @@ def loss(device: Device) -> Bytes:
 def _chunk(device: Device) -> Bytes:
     """Of a chunk: N rows of V logits, the head in float32 and its gradient so far and of the chunk."""
     found: Bytes = {}
-    for part, name in ((device.student, "logits"), (device.teacher, "teacher")):
+    for part, name in ((device.student, "logits"), (device.teacher, TEACHING)):
         if part is None:
             continue
         layout, cfg = device.layout, part.cfg
         shared = () if device.region else shared_axes(layout, cfg)
         cut = layout.size((*shared, "tensor")) if cfg.vocab % layout.size((*shared, "tensor")) == 0 else 1
         rows = min(rows_at_once(CHUNK, layout, cfg, shared), part.sizes["B"] * part.sizes["T"]) * layout.size(shared)
-        logits, heads = loss_rows(layout, name == "teacher", device.teacher is not None)
+        logits, heads = loss_rows(layout, name == TEACHING, device.teacher is not None)
         found[name] = FLOAT * cfg.vocab / cut * (logits * rows + heads * cfg.width) + device.narrow * rows * cfg.width
     return found
 
@@ -133,7 +133,7 @@ def teaching(device: Device) -> Bytes:
         return {}
     kept = {"kept activations": student.layers * student.kept(device.remat)}
     own = {
-        "teacher": teacher.bytes(ffn_forward(device.layout, teacher.cfg, everything=True))
+        TEACHING: teacher.bytes(ffn_forward(device.layout, teacher.cfg, everything=True))
         + device.narrow * teacher.layer
     }
     return _sum(_through(device) if device.region else {}, kept, own)
@@ -204,5 +204,6 @@ def _outputs(cfg: ModelConfig) -> Live:
     return {"BTHC": (1, 0), "BTKC": (2, 0), **ffn}
 
 
+TEACHING = "teacher's activations"  # its state is "teacher": a table of both keeps them apart
 STRAIGHT = (forward, backward, loss, teaching, update)
 PIPELINED = (pipelined_forward, pipelined_backward, update)

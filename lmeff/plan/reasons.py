@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from lmeff.plan.estimate import Estimate
-from lmeff.plan.words import brief, bubble, largest, setting
-from lmeff.report.words import size
+from lmeff.plan.words import bubble, largest, setting
+from lmeff.report.words import brief, size
 
 if TYPE_CHECKING:
     from lmeff.plan.search import Search
@@ -27,9 +27,11 @@ def choices(found: "Search") -> tuple[str, ...]:
 def counted(found: "Search") -> str:
     """How many plans there were."""
     refused = sorted(found.refused.items(), key=lambda item: -item[1].count)[:2]
-    why = "; ".join(f"{reason.count:,} of them cannot: {name}" for name, reason in refused)
+    why = "; ".join(
+        f"{reason.count:,} cannot, such as: {reason.example.partition('. ')[0].rstrip('.')}" for _, reason in refused
+    )
     return (
-        f"{found.looked:,} plans: {found.legal:,} can train{f' ({why} ...)' if why else ''}; the {found.close:,} that looked fastest were predicted, "
+        f"{found.looked:,} plans: {found.legal:,} can train{f' ({why})' if why else ''}; the {found.close:,} that looked fastest were predicted, "
         f"{found.fit:,} of them fit"
     )
 

@@ -83,21 +83,23 @@ def search(
     topology: Topology | str | None = None,
     limit: int = 120,
     keep: int = 5,
+    own: bool = True,
 ) -> Search:
     """The best plans of a job on so many devices of a kind; rows, tokens, model and optimizer stay as they are.
 
     limit: plans that are predicted, of those with a pipeline and of those without. keep: of the best.
+    own:   whether the job's mesh is the config's, told beside the best.
     Raises `ConfigError` where the devices are none that can be had.
     """
     topology = parse_topology(topology) if isinstance(topology, str) else topology
     devices = devices or (topology.devices if topology else job.devices)
     job = on(job, chip, devices, topology)
     tried = plans(job, devices, space)
-    cost, groups, best = costs(chip, topology), list[list[Found]](), float("inf")
+    cost, capacity, groups, best = costs(chip, topology), chip.room(devices), list[list[Found]](), float("inf")
     for rows in by_pipeline(tried):
-        groups.append(closely(tried, rows, cost, chip.usable, limit, other=best))
+        groups.append(closely(tried, rows, cost, capacity, limit, other=best))
         best = min([best, *(found.seconds for found in groups[-1])])
-    return _told(job, chip, topology, tried, groups, keep)
+    return _told(job, chip, topology, tried, groups, keep, own=own)
 
 
 def on(job: Job, chip: Chip, devices: int, topology: Topology | None = None) -> Job:
@@ -195,8 +197,13 @@ def _choices(job: Job) -> int:
 NEAR = 0.05
 
 
+def _spelled_out(job: Job) -> Job:
+    """The job with the number of replicas that its mesh leaves open, as every plan of a search has it."""
+    return job.changed(mesh=dataclasses.replace(job.mesh, data=job.degrees["data"]))
+
+
 def _told(
-    job: Job, chip: Chip, topology: Topology | None, tried: Plans, groups: list[list[Found]], keep: int
+    job: Job, chip: Chip, topology: Topology | None, tried: Plans, groups: list[list[Found]], keep: int, *, own: bool
 ) -> Search:
     """A search's result with the few plans that are shown predicted in full."""
 
@@ -211,7 +218,7 @@ def _told(
         piped=estimate(piped),
         least=estimate(min(every, key=lambda f: f.bytes, default=None)),
         simple=estimate(simplest(every)),
-        own=None if illegal(job) else predict(job, chip, topology),
+        own=predict(_spelled_out(job), chip, topology) if own and not illegal(job) else None,
         looked=tried.looked,
         legal=len(tried),
         close=len(every),

@@ -112,7 +112,7 @@ def serving(
         context=context,
         weight_bytes=held,
         cache_bytes=kept,
-        fits=held + kept <= chip.usable,
+        fits=held + kept <= chip.room(devices),
         prefill=prefill,
         decode=decode,
         bytes_per_token=decode.bytes * devices / batch,

@@ -9,7 +9,7 @@ of the order that XLA runs it in, how large they are follows from the model and 
 from lmeff.plan.device import Device
 from lmeff.plan.job import Job
 from lmeff.plan.live import VECTOR_MEMORY
-from lmeff.plan.phases import PIPELINED, STRAIGHT, Bytes
+from lmeff.plan.phases import PIPELINED, STRAIGHT, TEACHING, Bytes
 
 SCRATCH = 64 * 2**20  # libtpu's `scoped_hbm_for_all_reduce`, 65,536 KiB in every program that was dumped (0.0.42.1)
 
@@ -41,7 +41,7 @@ def _phases(job: Job, family: str | None) -> list[Bytes]:
     made = [phase(device) for phase in (STRAIGHT if device.schedule is None else PIPELINED)]
     for phase in made if job.platform == "tpu" else []:
         room = VECTOR_MEMORY.get(family or "", 0) * 2**20
-        for name in [name for name in ("block", "logits", "teacher") if name in phase]:
+        for name in [name for name in ("block", "logits", TEACHING) if name in phase]:
             inside = min(room, phase[name])
             phase[name], room = phase[name] - inside, room - inside
     return made

@@ -13,7 +13,7 @@ from lmeff.plan.hardware import Chip
 from lmeff.plan.job import Job
 from lmeff.plan.roofline import format_of
 from lmeff.plan.slices import ways
-from lmeff.report.words import size
+from lmeff.report.words import brief, number, size
 
 MUCH = 1e12  # bytes: a collective that bandwidth decides, not hops
 
@@ -101,7 +101,13 @@ def tensor(job: Job, chip: Chip, topology: Topology | None = None) -> Iterator[s
 
 
 def _alpha(job: Job, chip: Chip, found: Link) -> str:
-    return f"alpha {found.alpha:,.0f} = {peak(job, chip) / 1e12:,.0f} TFLOP/s / {found.bandwidth / 1e9:,.0f} GB/s of {found.network}"
+    flops, sent = _whole(peak(job, chip) / 1e12), _whole(found.bandwidth / 1e9)
+    return f"alpha {found.alpha:,.0f} = {flops} TFLOP/s / {sent} GB/s of {found.network}"
+
+
+def _whole(value: float) -> str:
+    """Of a CPU's rates nothing would be left without its digits."""
+    return f"{value:,.0f}" if value >= 1 else number(value)
 
 
 def _width(job: Job) -> int:
@@ -139,12 +145,18 @@ def _summed(found: Estimate) -> Iterator[str]:
     ways_of_rows = {axis: n for axis, n in found.job.degrees.items() if axis in BATCH_AXES and n > 1}
     if not ways_of_rows:
         return
-    took = sum(f.seconds for f in found.flows if f.kind in SUMS and set(f.axes) & set(ways_of_rows))
+    codes = found.job.reduce is not None and found.job.reduce.method == "int8"
+    took = sum(
+        f.seconds
+        for f in found.flows
+        if set(f.axes) & set(ways_of_rows) and (f.kind in SUMS or (codes and (f.kind, f.loop) in CODES))
+    )
     named = " x ".join(f"{axis} {n}" for axis, n in ways_of_rows.items())
     yield f"{named}: summing gradients takes {brief(took)} of the network"
 
 
 SUMS = ("all-reduce", "reduce-scatter")
+CODES = (("all-to-all", "step"), ("all-gather", "step"))  # of gradients in int8, to who sums them and back
 
 
 def _seconds(flows: tuple[Flow, ...], kinds: tuple[str, ...], axes: tuple[str, ...], loop: str) -> float:
@@ -154,14 +166,19 @@ def _seconds(flows: tuple[Flow, ...], kinds: tuple[str, ...], axes: tuple[str, .
 def slices(job: Job, chip: Chip, topology: Topology | None = None) -> Iterator[str]:
     """Tokens of a slice against those that hide the sums of gradients between slices."""
     degree = job.degrees["dcn"]
-    if degree == 1 or not chip.dcn:
+    if degree == 1 or not chip.dcn or (topology is not None and topology.slices == 1):
         return
     hosts = job.devices / degree / (chip.host * chip.cores)
     least = peak(job, chip) * job.devices / degree / (hosts * chip.dcn) * 2
     own = job.rows * job.tokens / degree
+    what = "the sums of float32 gradients"
+    if (
+        job.local is not None and job.local.axis == "dcn"
+    ):  # parameters meet instead, as many bytes once in so many steps
+        least, what = least / job.local.every, f"the meetings of parameters, one in {job.local.every} steps,"
     verdict = "above" if own >= least else "below"
     yield (
-        f"dcn {degree}: {own:,.0f} tokens of a slice are {verdict} the {least:,.0f} that hide the sums of float32 gradients between slices "
+        f"dcn {degree}: {own:,.0f} tokens of a slice are {verdict} the {least:,.0f} that hide {what} between slices "
         f"({chip.dcn / 1e9:,.0f} GB/s a host)"
     )
 
@@ -183,13 +200,15 @@ def context(job: Job, chip: Chip, topology: Topology | None = None) -> Iterator[
 
 
 def bubble(job: Job) -> tuple[str, float]:
-    """The idle share of a pipeline's ticks, as a formula and a number; of schedules without a closed form the one of 1F1B."""
+    """The idle share of a pipeline's ticks, as a formula and a number; whatever lies between its ticks (`simulate` counts the same)."""
     stages, count = job.degrees["pipe"], job.accumulate
     chunks = size_of(job.mesh.schedule, stages, count, job.mesh.chunks).chunks
-    if job.mesh.schedule == "zb-h1":
-        return "(p-1)/(3m+p-1)", (stages - 1) / (3 * count + stages - 1)
-    formula = "(p-1)/(m+p-1)" if chunks == 1 else "(p-1)/(vm+p-1)"
-    return formula, (stages - 1) / (chunks * count + stages - 1)
+    passes = 3 if job.mesh.schedule in SPLIT else 1
+    formula = f"(p-1)/({'3' * (passes == 3)}{'v' * (chunks > 1)}m+p-1)"
+    return formula, (stages - 1) / (passes * chunks * count + stages - 1)
+
+
+SPLIT = ("zb-h1", "zb-h2", "zbv")  # W is apart from B: three passes fill the ticks
 
 
 def pipeline(found: Estimate) -> Iterator[str]:
@@ -219,11 +238,3 @@ def setting(job: Job) -> str:
     if job.accumulate > 1:
         parts.append(f"{job.accumulate} microbatches")
     return ", ".join([*parts, f"remat {job.remat}"])
-
-
-def brief(seconds: float) -> str:
-    """A time in three digits: "1.23 s", "45.6 ms", "789 us"."""
-    for unit, least in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= least:
-            return f"{seconds / least:.3g} {unit}"
-    return "0 s" if seconds == 0 else f"{seconds:.1e} s"

@@ -111,7 +111,7 @@ def speed(plan: Json) -> str:
     low, high = (_rate(plan, key) for key in ("high", "low"))
     use = plan["utilization"]
     return (
-        f"{words.count(low)} to {words.count(high)} tokens/s, perhaps {words.count(plan['tokens_per_second'])}: "
+        f"{amount(low)} to {amount(high)} tokens/s, perhaps {amount(plan['tokens_per_second'])}: "
         f"MFU {use['mfu_full']:.0%} with attention counted full, {use['mfu_causal']:.0%} causal; HFU {use['hfu']:.0%}"
     )
 
@@ -213,7 +213,7 @@ def searched_row(row: Json) -> tuple[str, ...]:
     return (
         f"{row['words']}{names}",
         words.brief(row["step_seconds"]["middle"]),
-        words.count(row["tokens_per_second"]),
+        amount(row["tokens_per_second"]),
         f"{row['mfu_full']:.0%}",
         f"{words.size(row['bytes'])}{'' if row['fits'] else ' (no)'}",
     )
@@ -286,6 +286,9 @@ def roomy(plan: Json) -> list[str]:
 
 
 def _largest(count: int, what: str, beside: str, step: int, used: float, more: float) -> str:
+    if not more:
+        told = f"room for {count:,}" if count else "no room for"
+        return f"{told} {what} {beside}: {count + step:,} are more than the budget of train.remat keeps the inputs of layers of"
     if not count:
         return f"not even {step:,} {what} {beside} fit: they need {words.size(more)}"
     return f"room for {count:,} {what} {beside}: {words.size(used)} on the fullest device; {count + step:,} would need {words.size(more)}"

@@ -18,7 +18,9 @@ def test_names():
     assert parse_topology("tpu7x:2x2x4").devices == 32, "two devices a chip"
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:4", "v5e:4x4x4", "v5p:4x4", "v9:4x4", "v5e:4x4:0", "v5e-16", ""])
+@pytest.mark.parametrize(
+    "name", ["v5e", "v5e:4", "v5e:4x4x4", "v5p:4x4", "v9:4x4", "v5e:4x4:0", "v5e:4x0", "v5e-16", ""]
+)
 def test_names_of_nothing_are_refused(name):
     with pytest.raises(ConfigError, match=f"topology: got '{name}', expected FAMILY:SHAPE"):
         parse_topology(name)

@@ -24,6 +24,7 @@ from lmeff.plan.compressions import CACHES, EXPECTED, code, cuts, recipes, store
 from lmeff.plan.hardware import chip
 from lmeff.plan.job import Job, Shape
 from lmeff.plan.predict import fullest
+from lmeff.report import plan_words
 
 V5P, V5E = chip("v5p"), chip("v5e")
 SMALL = preset("tiny")
@@ -195,3 +196,16 @@ def test_no_batch_fits_a_model_that_is_too_large():
 def test_a_job_that_cannot_train_has_no_fit():
     with pytest.raises(ConfigError, match="the mesh cannot cut"):
         fit(job(mesh=MeshPlan(tensor=8), devices=8), V5E)
+
+
+def test_a_budget_of_activations_ends_the_search_for_room():
+    of = job(remat="budget:256MiB")
+    found = fit(of, V5E)
+    assert found.rows > 0
+    assert (found.more_rows_bytes, found.more_tokens_bytes) == (0, 0)
+    assert fullest(of.changed(rows=found.rows)) == found.rows_bytes <= V5E.usable
+    with pytest.raises(ConfigError, match="budget:256MiB"):
+        fullest(of.changed(rows=found.rows + found.row_step))
+    told = plan_words.roomy({"room": found._asdict(), "job": {"rows": of.rows, "tokens": of.tokens}})
+    assert told[0].startswith(f"room for {found.rows:,} rows of ")
+    assert told[0].endswith("are more than the budget of train.remat keeps the inputs of layers of")

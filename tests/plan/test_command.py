@@ -34,10 +34,16 @@ WRONG = {
     "topology of no family": (["--topology", "v9p:4x4x4"], 3, ["'v9p:4x4x4'", "v5p"]),
     "topology with a dim too few": (["--topology", "v5p:4x4"], 3, ["'v5p:4x4'", "v5p:4x4x4"]),
     "topology and chip": (["--topology", "v5p:4x4x4", "--chip", "v5p"], 2, ["--topology", "--chip", "alone"]),
+    "topology with a side of none": (["--topology", "v5p:4x4x0"], 3, ["'v5p:4x4x0'", "v5p:4x4x4"]),
+    "topology with a side too long": (["--topology", "v5e:32x8", "--no-compile"], 3, ["'v5e:32x8'", "sides up to 16"]),
+    "topology larger than a pod": (["--topology", "v5p:16x16x28", "--no-compile"], 3, ["'v5p:16x16x28'", "6,144"]),
+    "chip without a name": (["--chip", ""], 3, ["chip", "''", "v5e"]),
     "compile and not": (["--compile", "--no-compile"], 2, ["--compile", "--no-compile"]),
     "budget without a unit": (["--budget-bytes", "4"], 2, ["--budget-bytes", "'4'", "unit", "4GiB"]),
     "budget of another unit": (["--budget-bytes", "4parsec"], 2, ["'4parsec'", "GiB"]),
     "budget of no time": (["--budget-ms", "0"], 2, ["--budget-ms", "0", "above 0"]),
+    "budget of all time": (["--budget-ms", "inf"], 2, ["--budget-ms", "inf", "above 0"]),
+    "tokens without end": (["--tokens", "1e400"], 2, ["--tokens", "'1e400'"]),
     "tokens of no unit": (["--tokens", "15 trillion"], 2, ["--tokens", "'15 trillion'", "15T"]),
     "tokens below one": (["--tokens", "0"], 2, ["--tokens", "'0'"]),
     "unknown option": (["--serv"], 2, ["--serv"]),
@@ -74,6 +80,11 @@ def test_sizes(text, n):
     assert size("--budget-bytes", text) == n
     with pytest.raises(UsageError, match="unit"):
         size("--budget-bytes", text.rstrip("iBKGM "))
+
+
+def test_a_size_that_no_number_holds():
+    with pytest.raises(UsageError, match="unit"):
+        size("--budget-bytes", "9" * 400 + "GiB")
 
 
 def test_every_training_stage_and_the_promised_keys_on_top():
@@ -182,6 +193,29 @@ def test_compiled_for_a_topology(config):
     assert compiled["where"] == "v5e:2x2"
     assert compiled["fits"]
     assert compiled["argument_bytes"] == pytest.approx(sum(memory["state"].values()), rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("devices", "options", "begins"),
+    [(32, (), "fsdp 16 x context 2"), (16, ("--mesh.fsdp", "3"), "fsdp 16")],
+    ids=["more-devices-than-rows", "another-number"],
+)
+def test_a_search_begins_from_a_mesh_that_can_train(devices, options, begins):
+    where = ("--chip", "v5e", "--devices", devices, "--stage", "teacher", *options)
+    alone, _, _ = lmeff("plan", QUICKSTART, *where, "--json")
+    assert alone == 3, "without a search the config's own mesh is what counts"
+    code, out, err = lmeff("plan", QUICKSTART, *where, "--search", "--json")
+    assert code == 0, err
+    assert f"the search begins from {begins} (" in err
+    found = json.loads(out)["search"]
+    assert "the config's own plan cannot train on these devices" in found["reasons"]
+    assert not any("the config's" in plan["names"] for plan in found["plans"])
+
+
+def test_a_search_on_devices_that_no_simple_mesh_suits_says_why():
+    code, _, err = lmeff("plan", QUICKSTART, "--chip", "v5e", "--devices", "17", "--search")
+    assert code == 3
+    assert "train.batch: got 16 rows, expected a multiple of mesh.data = 17" in err
 
 
 def test_search_room_budget_and_serving_are_told_in_all_three_forms(config, tmp_path):

@@ -53,6 +53,12 @@ def test_rings_close_as_the_slices_are_built():
     assert [chip("v5p").closes(side) for side in (2, 4, 6, 8)] == [False, True, False, True]
 
 
+def test_simulated_devices_share_the_memory_of_a_cpu():
+    machine = dataclasses.replace(chip("v5e"), platform="cpu", usable=16 * 2**30)
+    assert [machine.room(n) for n in (1, 8)] == [16 * 2**30, 2 * 2**30]
+    assert chip("v5e").room(8) == chip("v5e").usable
+
+
 def test_an_unknown_chip_is_told_its_neighbours():
     with pytest.raises(ConfigError, match=r"chip: got 'V5P-8', expected one of v4, .*cpu; did you mean v5p"):
         chip("V5P-8")

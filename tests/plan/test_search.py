@@ -259,6 +259,14 @@ def test_a_search_tells_what_it_did():
     assert any(reason.startswith("do not pipeline: ") for reason in found.reasons)  # 4 small layers
 
 
+def test_the_configs_own_plan_is_known_where_it_leaves_replicas_open():
+    best = search(job(rows=64), chip("v5e"), devices=8, space=FEW, own=False).best[0].job
+    open_data = best.changed(mesh=dataclasses.replace(best.mesh, data=None))
+    found = search(open_data, chip("v5e"), space=FEW)
+    assert "the config's own plan is the best that was found" in found.reasons
+    assert search(open_data, chip("v5e"), space=FEW, own=False).own is None
+
+
 def test_a_topology_says_how_many_devices_and_slices():
     found = search(job(), chip("v5e"), topology="v5e:2x2:2", space=dataclasses.replace(FEW, pipe=1), keep=1)
     assert found.best[0].job.devices == 8

@@ -13,6 +13,7 @@ from lmeff.parallel.devices import topology
 from lmeff.parallel.mesh import MeshPlan, make_layout
 from lmeff.parallel.region import Kept
 from lmeff.plan.job import Job, Shape
+from lmeff.plan.state import state_bytes
 from lmeff.plan.temporaries import reported_bytes, temporary_bytes
 from lmeff.train.optim import OptimConfig
 from lmeff.train.runtime import Frozen, plain_runtime
@@ -39,6 +40,11 @@ def test_in_a_region_gradients_are_whole_and_there_twice():
     one, four = (temporary_bytes(cpu(mesh=MeshPlan(fsdp=4), devices=4, rows=16 * n, accumulate=n)) for n in (1, 4))
     assert four["gradients"] == 2 * 4 * one["gradients"]
     assert four["gathered weights"] > four["gradients"] // 2  # all of them, and a layer as its products want it
+
+
+def test_no_category_is_both_kept_and_temporary():
+    for name, job in CPU.items():
+        assert not {*state_bytes(job)} & {*temporary_bytes(job)}, f"{name}: a table of both would lose one"
 
 
 def test_stashes_follow_the_schedule():

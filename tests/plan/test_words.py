@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 
 from lmeff.models.config import preset
+from lmeff.parallel.compressed import Reduce
+from lmeff.parallel.devices import parse_topology
 from lmeff.parallel.mesh import MeshPlan
 from lmeff.parallel.schedules import build
 from lmeff.parallel.simulate import simulate
@@ -14,6 +16,7 @@ from lmeff.plan.hardware import chip
 from lmeff.plan.job import Job, Shape
 from lmeff.plan.search import Search
 from lmeff.plan.space import Refused
+from lmeff.train.local_updates import LocalUpdates
 
 GIB = 2**30
 V5P, H100 = chip("v5p"), chip("h100")
@@ -150,7 +153,37 @@ def test_slices_and_the_data_center_network():
     assert said.startswith(
         "dcn 2: 262,144 tokens of a slice are above the 146,880 that hide the sums of float32 gradients"
     )
+    assert not list(words.slices(of, V5P, parse_topology("v5p:4x4x8"))), "one slice: its own links join the workers"
     assert "below the 146,880" in next(iter(words.slices(of.changed(rows=16, mesh=of.mesh), V5P)))
+
+
+def test_parameters_that_meet_now_and_then_need_fewer_tokens_of_a_slice():
+    # As many bytes as gradients have, once in 50 steps: 146,880 / 50.
+    of = job(MeshPlan(dcn=2, fsdp=64), devices=128, local=LocalUpdates(every=50, axis="dcn"))
+    (said,) = words.slices(of, V5P)
+    assert "above the 2,938 that hide the meetings of parameters, one in 50 steps, between slices" in said
+
+
+def test_gradients_in_int8_are_summed_by_other_collectives():
+    sent = [
+        Flow("all-to-all", ("data",), "step", "ici", 1e9, 0.5),
+        Flow("all-gather", ("data",), "step", "ici", 1e9, 0.25),
+        Flow("all-reduce", ("data",), "step", "ici", 1e3, 0.001),
+        Flow("all-to-all", ("expert",), "layer", "ici", 1e9, 9.0),
+    ]
+    of = job(MeshPlan(tensor=4), reduce=Reduce(method="int8"))
+    (said,) = words.rows(estimate(of, flows=sent), V5P)
+    assert said == "data 16: summing gradients takes 751 ms of the network"
+    (exact,) = words.rows(estimate(of.changed(reduce=None), flows=sent), V5P)
+    assert exact == "data 16: summing gradients takes 1.00 ms of the network"
+
+
+def test_rates_of_a_cpu_keep_their_digits():
+    slow = dataclasses.replace(
+        chip("v5p"), platform="cpu", flops={"bfloat16": 64e9}, ici=0.0, nvlink=32e9, domain=2**20
+    )
+    (said,) = words.tensor(job(MeshPlan(fsdp=16, tensor=4), chip=slow), slow)
+    assert "alpha 2 = 0.00100 TFLOP/s / 0.500 GB/s of nvlink" in said  # a 64th of each
 
 
 def test_context_and_its_keys():
@@ -183,7 +216,8 @@ def test_bubbles(schedule, chunks, formula, share):
 
 
 def test_bubbles_are_those_of_the_tables():
-    for name, chunks in (("1f1b", None), ("interleaved", 2), ("zb-h1", None)):
+    named = dict.fromkeys(("gpipe", "1f1b", "circular", "zb-h1", "zb-h2", "zbv")) | {"interleaved": 4}
+    for name, chunks in named.items():
         of = job(MeshPlan(pipe=4, schedule=name, chunks=chunks), devices=4, accumulate=8)
         assert words.bubble(of)[1] == pytest.approx(simulate(build(name, 4, 8, chunks)).idle_share)
 
@@ -259,7 +293,7 @@ def test_a_simpler_plan_is_named_where_it_is_another():
 def test_counts_and_why_plans_cannot_train():
     said = reasons.counted(found())
     assert said.startswith(
-        "1,000 plans: 800 can train (150 of them cannot: model: the mesh cannot cut K; 50 of them cannot: train.batch ...)"
+        "1,000 plans: 800 can train (150 cannot, such as: K = 8 over tensor = 16; 50 cannot, such as: rows); the 60 that looked"
     )
     assert said.endswith("the 60 that looked fastest were predicted, 40 of them fit")
 
@@ -276,7 +310,8 @@ def test_nothing_fits():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(12.345, "12.3 s"), (0.0456, "45.6 ms"), (7.89e-4, "789 us"), (0, "0 s"), (1e-9, "1.0e-09 s")]
+    ("seconds", "said"),
+    [(12.345, "12.3 s"), (0.0456, "45.6 ms"), (7.89e-4, "789 µs"), (0, "0 s"), (1.2e6, "13 d 21 h")],
 )
 def test_times_in_three_digits(seconds, said):
     assert words.brief(seconds) == said
