@@ -16,7 +16,7 @@ from lmeff.parallel.hlo import Conditional, Taken
 from lmeff.parallel.members import PIPE, Leaf, Member, again_of, leaves_of, specs_of
 from lmeff.parallel.mesh import BATCH_AXES, ZERO_AXIS, Layout, MeshPlan, indivisible, plan_layout
 from lmeff.parallel.order import check_tokens
-from lmeff.parallel.schedules import is_file, resolve
+from lmeff.parallel.schedules import resolve
 from lmeff.parallel.tables import Schedule
 
 CONTEXT, EXPERT, TENSOR = "context", "expert", "tensor"
@@ -137,8 +137,7 @@ class Step:
         stages = self.degrees[PIPE]
         if stages == 1:
             return None
-        make = resolve if is_file(self.plan.schedule) else _schedule  # a file may change
-        return make(self.plan.schedule, stages, self.accumulate, self.plan.chunks)
+        return resolve(self.plan.schedule, stages, self.accumulate, self.plan.chunks)
 
     @property
     def tokens_here(self) -> int:
@@ -218,11 +217,6 @@ class Step:
 def _layout(plan: MeshPlan, devices: int, manual: tuple[str, ...]) -> Layout:
     layout = plan_layout(plan, devices)
     return layout.within(manual) if manual else layout
-
-
-@functools.lru_cache(maxsize=256)
-def _schedule(name: str, stages: int, microbatches: int, chunks: int | None) -> Schedule:
-    return resolve(name, stages, microbatches, chunks)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -12,7 +12,7 @@ from lmeff.parallel.activations import layer_bytes, local_sizes
 from lmeff.parallel.members import Leaf, leaves_of
 from lmeff.parallel.mesh import ZERO_AXIS, Layout
 from lmeff.parallel.program import SlotCounts, slots
-from lmeff.parallel.schedules import resolve
+from lmeff.parallel.schedules import is_file, resolve
 from lmeff.parallel.stash import STASHES
 from lmeff.plan.job import Job, Shape
 from lmeff.plan.live import Live, Saved, total
@@ -26,10 +26,12 @@ class Tables(NamedTuple):
     slots: SlotCounts
 
 
-@functools.cache
 def _tables(name: str, stages: int, microbatches: int, chunks: int | None, until: Literal["B", "W"]) -> Tables:
     schedule = resolve(name, stages, microbatches, chunks)
     return Tables(schedule.slices, schedule.chunks, slots(schedule, until).counts)
+
+
+_known_tables = functools.lru_cache(maxsize=4096)(_tables)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,8 @@ class Device:
         plan, stages = self.job.mesh, self.job.degrees["pipe"]
         if stages == 1:
             return None
-        return _tables(plan.schedule, stages, self.job.accumulate, plan.chunks, STASHES[plan.stash].until)
+        tables = _tables if is_file(plan.schedule) else _known_tables  # a file may change
+        return tables(plan.schedule, stages, self.job.accumulate, plan.chunks, STASHES[plan.stash].until)
 
     @property
     def region(self) -> bool:
