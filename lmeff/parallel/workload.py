@@ -17,6 +17,7 @@ from lmeff.parallel.members import PIPE, Leaf, Member, again_of, leaves_of, spec
 from lmeff.parallel.mesh import BATCH_AXES, ZERO_AXIS, Layout, MeshPlan, indivisible, plan_layout
 from lmeff.parallel.order import check_tokens
 from lmeff.parallel.schedules import resolve
+from lmeff.parallel.stages import slice_layers
 from lmeff.parallel.tables import Schedule
 
 CONTEXT, EXPERT, TENSOR = "context", "expert", "tensor"
@@ -192,7 +193,7 @@ class Step:
         """How often a device runs a layer, by layers and microbatches, and the layers of a slice; padding is run, too."""
         if self.schedule is None:
             return cfg.layers * self.accumulate, cfg.layers
-        size = -(-cfg.layers // self.schedule.slices)
+        size = slice_layers(cfg.layers, self.schedule.slices)
         return self.accumulate * self.schedule.chunks * size, size
 
     @property

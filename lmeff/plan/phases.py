@@ -6,6 +6,7 @@ from lmeff.compress.config import Quantize
 from lmeff.distill.objectives import CHUNK, rows_at_once, shared_axes
 from lmeff.models.config import ModelConfig
 from lmeff.parallel.mesh import ZERO_AXIS
+from lmeff.parallel.stages import slice_layers
 from lmeff.plan.device import Device, Part
 from lmeff.plan.live import Live, arrives, attention_loop, ffn_backward, ffn_forward, loss_rows
 
@@ -162,7 +163,7 @@ def pipelined_backward(device: Device) -> Bytes:
 
 def _slice_layers(device: Device) -> int:
     assert device.schedule is not None
-    return -(-device.student.cfg.layers // device.schedule.slices)
+    return slice_layers(device.student.cfg.layers, device.schedule.slices)
 
 
 def pipelined_forward(device: Device) -> Bytes:

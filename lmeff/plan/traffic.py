@@ -83,8 +83,8 @@ def _offloaded(job: Job) -> int:
 
 def owned(job: Job, layout: Layout) -> float:
     """Parameters that lie on a device: of the optimizer's layout those that it updates."""
-    cut = job.degrees[ZERO_AXIS]
-    return sum(leaf.elements / (cut if ZERO_AXIS in leaf.axes else 1) for leaf in leaves_of(job.cfg, layout))
+    parts = job.degrees[ZERO_AXIS]
+    return sum(leaf.part(parts) for leaf in leaves_of(job.cfg, layout))
 
 
 def moments(job: Job) -> float:

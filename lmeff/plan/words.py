@@ -1,5 +1,6 @@
 """Why, in words: every sentence is computed from the numbers of a plan, and is left out where there is nothing to say."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 
 from lmeff.parallel.devices import Topology
 from lmeff.parallel.mesh import BATCH_AXES, ZERO_AXIS
-from lmeff.parallel.schedules import SCHEDULES, size_of
+from lmeff.parallel.schedules import SCHEDULES
 from lmeff.plan.estimate import Estimate, Flow, Memory
 from lmeff.plan.hardware import Chip
 from lmeff.plan.job import Job
@@ -25,7 +26,7 @@ def notes(found: Estimate, chip: Chip, topology: Topology | None = None) -> tupl
         time(found),
         *tensor(found.job, chip, topology),
         *rows(found, chip, topology),
-        *slices(found.job, chip, topology),
+        *slices(found.job, chip),
         *context(found.job, chip, topology),
         *pipeline(found),
     )
@@ -128,10 +129,7 @@ def rows(found: Estimate, chip: Chip, topology: Topology | None = None) -> Itera
 
 def tokens_of_group(job: Job) -> float:
     """Tokens of a step that one whole copy of the weights multiplies: of devices that are no different parts of the model."""
-    degrees = job.degrees
-    groups = degrees["context"]
-    for axis in BATCH_AXES:
-        groups *= degrees[axis]
+    groups = math.prod(job.degrees[axis] for axis in (*BATCH_AXES, "context"))
     return job.rows * job.tokens / groups
 
 
@@ -151,7 +149,7 @@ def _seconds(flows: tuple[Flow, ...], kinds: tuple[str, ...], axes: tuple[str, .
     return sum(flow.seconds for flow in flows if flow.kind in kinds and flow.axes == axes and flow.loop == loop)
 
 
-def slices(job: Job, chip: Chip, topology: Topology | None = None) -> Iterator[str]:
+def slices(job: Job, chip: Chip) -> Iterator[str]:
     """Tokens of a slice against those that hide the sums of gradients between slices."""
     degree = job.degrees["dcn"]
     if degree == 1 or not chip.dcn:
@@ -185,7 +183,7 @@ def context(job: Job, chip: Chip, topology: Topology | None = None) -> Iterator[
 def bubble(job: Job) -> tuple[str, float]:
     """The idle share of a pipeline's ticks, as a formula and a number; of schedules without a closed form the one of 1F1B."""
     stages, count = job.degrees["pipe"], job.accumulate
-    chunks = size_of(job.mesh.schedule, stages, count, job.mesh.chunks).chunks
+    chunks = 1 if job.pipeline is None else job.pipeline.chunks
     if job.mesh.schedule == "zb-h1":
         return "(p-1)/(3m+p-1)", (stages - 1) / (3 * count + stages - 1)
     formula = "(p-1)/(m+p-1)" if chunks == 1 else "(p-1)/(vm+p-1)"
