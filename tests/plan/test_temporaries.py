@@ -17,8 +17,8 @@ from lmeff.plan.job import Job, Shape
 from lmeff.plan.temporaries import reported_bytes, temporary_bytes
 from lmeff.train.optim import OptimConfig
 from lmeff.train.runtime import Frozen, plain_runtime
-from lmeff.train.state import abstract_batch, abstract_state
-from lmeff.train.step import gradients
+from lmeff.train.state import abstract_batch
+from lmeff.train.step import abstract_start, gradients
 from tests.plan.cases import CFG, CPU, EXPERTS, HELD_OUT, MIXED, TPU, cpu, memory, sized
 from tests.tpu.programs import needs_libtpu
 
@@ -84,7 +84,7 @@ def kept_by_compiler(remat, cfg, plan, rows):
     """Bytes of temporaries of the gradient alone, whose results are no temporaries."""
     layout = make_layout(plan, jax.devices()[: plan.tensor * plan.fsdp * plan.context])
     rt = plain_runtime(cfg, layout, OptimConfig(), policy=Policy(), remat=remat)
-    state = abstract_state(rt.specs, rt.compression, rt.tx, layout)
+    state = abstract_start(rt)
 
     def run(state, batch):
         return gradients(rt, state.trainable, state.auxiliary, batch, Frozen(), 1.0, Kept(None, state.step))[0]
