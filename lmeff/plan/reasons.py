@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from lmeff.plan.estimate import Estimate
-from lmeff.plan.words import brief, bubble, largest, setting
-from lmeff.report.words import size
+from lmeff.plan.words import bubble, largest, setting
+from lmeff.report.words import brief, size
 
 if TYPE_CHECKING:
     from lmeff.plan.search import Search

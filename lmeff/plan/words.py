@@ -14,7 +14,7 @@ from lmeff.plan.hardware import Chip
 from lmeff.plan.job import Job
 from lmeff.plan.roofline import format_of
 from lmeff.plan.slices import ways
-from lmeff.report.words import size
+from lmeff.report.words import brief, size
 
 MUCH = 1e12  # bytes: a collective that bandwidth decides, not hops
 
@@ -217,11 +217,3 @@ def setting(job: Job) -> str:
     if job.accumulate > 1:
         parts.append(f"{job.accumulate} microbatches")
     return ", ".join([*parts, f"remat {job.remat}"])
-
-
-def brief(seconds: float) -> str:
-    """A time in three digits: "1.23 s", "45.6 ms", "789 us"."""
-    for unit, least in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= least:
-            return f"{seconds / least:.3g} {unit}"
-    return "0 s" if seconds == 0 else f"{seconds:.1e} s"

@@ -1,10 +1,8 @@
 """A plan as one HTML file that needs nothing else, in the dress of a run's report. It is made of the JSON that `lmeff plan --json` prints."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from lmeff.core.files import write_text
 from lmeff.report import plan_words, words
 from lmeff.report.html import pipeline, template
 from lmeff.report.roofline import roofline_plot
@@ -13,13 +11,8 @@ Json = Mapping[str, Any]
 COLORED = 7  # categories with a colour of their own; the smaller ones share the eighth
 
 
-def write_plan(answer: Json, path: Path) -> None:
-    """Writes the page, complete or not at all. The same answer gives the same bytes."""
-    write_text(path, render_plan(answer))
-
-
 def render_plan(answer: Json) -> str:
-    """The page as text: the chosen stage in full, and a line for every stage where there are several."""
+    """The page as text: the chosen stage in full, and a line for every stage where there are several. The same answer gives the same bytes."""
     stages = answer.get("stages") or [answer]
     plan = next(stage for stage in stages if stage["stage"] == answer["stage"])
     schedule = plan["schedule"] or {"name": "", "table": ""}
