@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lmeff.report import plan_words, words
+from lmeff.report import plan_options, plan_words, words
 from lmeff.report.html import pipeline, template
 from lmeff.report.roofline import roofline_plot
 
@@ -26,7 +26,7 @@ def render_plan(answer: Json) -> str:
         facts=_facts(plan),
         memory=memory_bars(plan),
         compiled=plan.get("compiled") or {},
-        room=plan_words.roomy(plan) if plan.get("room") else [],
+        room=plan_options.roomy(plan) if plan.get("room") else [],
         compared=[_compared(*row) for row in plan_words.compared(plan)],
         compared_collectives=plan_words.compared_collectives(plan),
         otherwise=plan_words.OTHERWISE if plan["chip"] != "cpu" else "",
@@ -45,7 +45,7 @@ def render_plan(answer: Json) -> str:
         size=words.size,
         brief=words.brief,
         number=words.number,
-        amount=plan_words.amount,
+        amount=words.amount,
         shape=lambda shape: " × ".join(map(str, shape)) or "scalar",
     )
 
@@ -82,23 +82,23 @@ def _search(found: Json | None) -> dict[str, Any] | None:
     if not found:
         return None
     return {
-        "rows": [(plan_words.searched_row({**row, "names": ()}), row) for row in found["plans"]],
+        "rows": [(plan_options.searched_row({**row, "names": ()}), row) for row in found["plans"]],
         "reasons": found["reasons"],
-        "refused": plan_words.refusals(found),
+        "refused": plan_options.refusals(found),
     }
 
 
 def _budget(found: Json | None) -> dict[str, Any] | None:
     if not found:
         return None
-    rows = [(plan_words.option_row(option), option["because"]) for option in found["options"]]
-    return {"target": plan_words.target(found), "rows": rows}
+    rows = [(plan_options.option_row(option), option["because"]) for option in found["options"]]
+    return {"target": plan_options.target(found), "rows": rows}
 
 
 def _serving(found: Json | None) -> dict[str, Any] | None:
     if not found:
         return None
-    return {"told": plan_words.served(found), "rows": plan_words.served_rows(found)}
+    return {"told": plan_options.served(found), "rows": plan_options.served_rows(found)}
 
 
 def _compared(name: str, ours: float, theirs: float, error: float | None) -> tuple[str, str, str, str]:
