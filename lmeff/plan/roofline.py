@@ -29,7 +29,7 @@ from lmeff.plan.hardware import Chip
 from lmeff.plan.job import Job
 from lmeff.plan.slices import ways
 from lmeff.plan.ticks import Passes, schedule_seconds
-from lmeff.plan.traffic import COPY, HOST, moments, owned
+from lmeff.plan.traffic import COPY, HOST, moments, owned, total
 
 
 class Rates(NamedTuple):
@@ -75,7 +75,7 @@ def step_time(job: Job, chip: Chip, work: Work, flows: Sequence[Flow], topology:
     parts = {
         "compute": sum(cost.compute for cost in costs),
         "memory": sum(cost.memory for cost in (*costs, between)),
-        "network": _sum(f for f in flows if f.network != HOST),
+        "network": total(flows),
         "bubble": _bubble(job, costs),
         "optimizer": update,
         "host": _sum(f for f in flows if f.network == HOST),
@@ -90,7 +90,7 @@ def step_time(job: Job, chip: Chip, work: Work, flows: Sequence[Flow], topology:
 def _total(job: Job, costs: Sequence[Cost], between: Cost, update: float, flows: Sequence[Flow], rates: Rates) -> float:
     passes = _passes(costs, rates)
     computing = schedule_seconds(job, passes)
-    network, host = (_sum(f for f in flows if (f.network == HOST) == is_host) for is_host in (False, True))
+    network, host = total(flows), _sum(f for f in flows if f.network == HOST)
     if rates is FULL:  # norms and gates may all be fused into products
         return max(computing, sum(cost.memory for cost in costs) + update, network, host)
     computing += between.memory / rates.memory

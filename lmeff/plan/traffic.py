@@ -4,7 +4,7 @@ What goes between a device and its host's memory (offloaded activations, offload
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +38,11 @@ def flows(job: Job, chip: Chip, topology: Topology | None = None) -> tuple[Flow,
     """
     found = ways(job.degrees, chip, topology)
     stages = sorted({0, 1, job.degrees["pipe"] - 1} & set(range(job.degrees["pipe"])))
-    sent = max((_sent(job.step(stage), found) for stage in stages), key=lambda flows: sum(f.seconds for f in flows))
+    sent = max((_sent(job.step(stage), found) for stage in stages), key=total)
     return (*sent, *host_flows(job, chip))
 
 
-def total(flows: tuple[Flow, ...]) -> float:
+def total(flows: Iterable[Flow]) -> float:
     """Seconds of all that goes between devices."""
     return sum(flow.seconds for flow in flows if flow.network != HOST)
 

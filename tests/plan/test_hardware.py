@@ -12,6 +12,7 @@ from lmeff.parallel.devices import FAMILIES, topology
 from lmeff.plan import hardware
 from lmeff.plan.hardware import CHIPS, FORMATS, chip
 from lmeff.plan.limits import alpha
+from tests.tpu.programs import needs_libtpu
 
 # Scaling Book, FLOPs a byte over ICI, and over HBM.
 INTENSITIES = {"v4": (3056, 229), "v5e": (2189, 241), "v5p": (2550, 166), "v6e": (5100, 560)}
@@ -93,6 +94,7 @@ def test_a_home_that_cannot_be_written_keeps_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.tpu_aot
 @pytest.mark.slow
+@needs_libtpu
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_usable_memory_is_what_libtpu_says(name):
     """A program of 1.6 TB names the memory that there is."""

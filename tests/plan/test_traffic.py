@@ -16,6 +16,7 @@ from lmeff.plan.slices import default_topology, ways
 from lmeff.plan.traffic import HOST, flows, host_flows, moments, total
 from lmeff.train.optim import OptimConfig
 from tests.plan.llama import SMALL, job_of
+from tests.tpu.programs import needs_libtpu
 
 GB = 1e9
 RING = Torus((Side(16, 45 * GB, True),))
@@ -206,6 +207,7 @@ PLACES = {
 
 @pytest.mark.tpu_aot
 @pytest.mark.slow
+@needs_libtpu
 @pytest.mark.parametrize("name", PLACES)
 def test_axes_lie_where_jax_puts_them(name):
     """Along every axis of the mesh that JAX makes: how many devices differ in each coordinate, and by how much."""
