@@ -233,9 +233,8 @@ def branch_counts(step: Step) -> Taken:
     def taken(found: Conditional) -> Sequence[float]:
         if local is not None and found.origin.endswith("shard_map/cond") and "while" not in found.origin:
             meets = [1 / local.every] * local.fragments
-            return [1 - sum(meets), *meets, 0][
-                : found.count
-            ]  # the last, after a run's last step, is there for several fragments
+            # The last, after a run's last step, is there for several fragments.
+            return [1 - sum(meets), *meets, 0][: found.count]
         if schedule is None:
             return [found.times] * found.count
         if not found.around and found.count == 4:  # the executor's switch: idle, F, B, W

@@ -13,9 +13,8 @@ from lmeff.plan.roofline import USUAL
 from lmeff.plan.slices import ways
 from lmeff.plan.space import Plans
 
-Three = tuple[
-    Column | float, Column | float, Column | float
-]  # seconds that computing hides, that the backward pass hides, and that nothing hides
+# Seconds that computing hides, that the backward pass hides, and that nothing hides.
+Three = tuple[Column | float, Column | float, Column | float]
 
 
 class Links(NamedTuple):

@@ -58,10 +58,8 @@ def _layer_weights(device: Device, part: Part) -> Bytes:
         parts = 2 * FLOAT * part.layer / device.job.degrees[ZERO_AXIS]
         return {"gathered weights": device.narrow * (own + one) + parts}
     ffn = sum(leaf.elements / leaf.layers for leaf in part.leaves if leaf.path.split("/")[1:2] in (["mlp"], ["moe"]))
-    return {
-        "gathered weights": device.narrow * own,
-        "gradients": FLOAT * ffn,
-    }  # the ffn's are whole until they are reduced
+    # Gradients of the ffn are whole until they are reduced.
+    return {"gathered weights": device.narrow * own, "gradients": FLOAT * ffn}
 
 
 def _compression(device: Device) -> Bytes:

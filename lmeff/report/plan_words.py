@@ -166,10 +166,8 @@ def compared(plan: Json) -> list[tuple[str, float, float, float | None]]:
         ours, theirs = predicted[key], found[key]
         rows.append((name, ours, theirs, ours / theirs - 1 if theirs else None))
     if compiled.get("peak_bytes") and plan["chip"] != "cpu":  # a CPU's leaves temporaries out
-        peak = compiled["peak_bytes"]
-        rows.append(
-            ("live at the peak", memory["total"], peak, memory["total"] / peak - 1)
-        )  # and no hole counted twice
+        peak, total = compiled["peak_bytes"], memory["total"]  # with no hole counted twice
+        rows.append(("live at the peak", total, peak, total / peak - 1))
     return rows
 
 
