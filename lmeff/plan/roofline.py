@@ -28,8 +28,9 @@ from lmeff.plan.estimate import Flow, Site, SiteTime, StepTime, Work
 from lmeff.plan.hardware import Chip
 from lmeff.plan.job import Job
 from lmeff.plan.slices import ways
+from lmeff.plan.state import optimizer_bytes
 from lmeff.plan.ticks import Passes, schedule_seconds
-from lmeff.plan.traffic import COPY, HOST, moments, owned, total
+from lmeff.plan.traffic import COPY, HOST, owned, total
 
 
 class Rates(NamedTuple):
@@ -196,7 +197,7 @@ def update_seconds(job: Job, chip: Chip) -> float:
     """The optimizer's update at full rate: gradients are read twice (once for their norm), parameters and moments read and written."""
     own = owned(job, job.layout.of_optimizer)
     width = jnp.dtype(job.policy.params).itemsize
-    moved = own * width * (4 if job.optim.clip_norm else 3) + 2 * moments(job)
+    moved = own * width * (4 if job.optim.clip_norm else 3) + 2 * optimizer_bytes(job)
     moved += 2 * own * width * (job.optim.ema is not None)
     return moved * job.devices / chip.chips(job.devices) / chip.bandwidth
 

@@ -45,6 +45,12 @@ def host_bytes(job: Job) -> int:
     return _kept(_counted(job))[1]
 
 
+def optimizer_bytes(job: Job) -> int:
+    """Bytes of the optimizer's arrays of one device, in its own memory or the host's."""
+    kept, host = _kept(_counted(job))
+    return kept["optimizer"] + host
+
+
 def _counted(job: Job) -> Job:
     """The job without what no byte of its state depends on, so that jobs alike in the rest are counted once."""
     mesh = dataclasses.replace(job.mesh, schedule="1f1b", chunks=None, stash="input")
