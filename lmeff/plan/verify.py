@@ -106,6 +106,7 @@ class Verification(NamedTuple):
                 "arguments": self.arguments,
                 "seconds": round(self.seconds, 1),
                 "collective_bytes": self.collectives,
+                "collectives_of_unknown_count": self.unknown,
                 "difference": {row.name: round(row.difference, 4) for row in self.rows},
             }
         }

@@ -60,7 +60,8 @@ def test_a_step_on_two_devices(found):
     assert found.alias >= 4 * 2 * weights  # the state is donated
     assert found.collectives["all-reduce"]["data"] == pytest.approx(2 / 2 * 4 * weights, rel=0.01)
     assert found.unknown == 0
-    assert found.to_json()["compiled"]["total_bytes"] == found.total
+    told = found._replace(unknown=3).to_json()["compiled"]
+    assert (told["total_bytes"], told["collectives_of_unknown_count"]) == (found.total, 3)
 
 
 def test_a_prediction_is_laid_beside(found):
