@@ -13,8 +13,8 @@ from lmeff.config.files import to_json
 from lmeff.config.overrides import resolve
 from lmeff.config.schema import flat_values
 from lmeff.config.validate import validate
-from lmeff.core.errors import UsageError, UserError
-from lmeff.core.files import write_text
+from lmeff.core.errors import UsageError
+from lmeff.core.files import write_asked
 from lmeff.core.precision import parse
 from lmeff.launch import simulate_devices
 from lmeff.models.config import ModelConfig
@@ -134,15 +134,8 @@ def show_schedule(command: ShowSchedule, overrides: Sequence[str], console: Cons
     print_schedule(schedule, counts, console)
     for option, path, form in (("csv", command.csv, to_csv), ("svg", command.svg, schedule_file)):
         if path is not None:
-            _write(option, path, form(schedule))
+            write_asked(option, path, form(schedule))
     return {"name": schedule.name, "table": schedule.table, **counts.to_json()}
-
-
-def _write(option: str, path: Path, text: str) -> None:
-    try:
-        write_text(path, text)
-    except OSError as error:
-        raise UserError(f"--{option}: cannot write {path}: {error.strerror}; choose a folder of your own") from error
 
 
 def examine(command: Doctor, overrides: Sequence[str], console: Console) -> Json:

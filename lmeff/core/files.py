@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from lmeff.core.errors import UserError
+
 
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 next to `path`, flushes it to the disk, then takes its place: a kill leaves the old file or the new one."""
@@ -17,3 +19,11 @@ def write_text(path: Path, text: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_asked(option: str, path: Path, text: str) -> None:
+    """The same of a file that an option names; raises `UserError` where it cannot be written."""
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise UserError(f"--{option}: cannot write {path}: {error.strerror}; choose a folder of your own") from error

@@ -105,9 +105,8 @@ def _expert_sizes(cfg: ModelConfig, sizes: Mapping[str, int], devices: int, toke
 def kept_arrays(remat: str, cfg: ModelConfig, layout: Layout, tokens: int, dtype: Any) -> tuple[Kept, ...]:
     """What the gradient rule of one block is given besides weights and ids."""
     length, width = tokens // layout.mesh.shape["context"], cfg.head_size
-    platform = (
-        layout.platform if layout.mesh.shape["context"] == 1 else "cpu"
-    )  # rows that are cut have forms of their own
+    # Rows that are cut have forms of their own.
+    platform = layout.platform if layout.mesh.shape["context"] == 1 else "cpu"
     splash = form_of(platform, (1, length, 1, width), (1, length, 1, width)) == "splash"
     small = dataclasses.replace(
         cfg,

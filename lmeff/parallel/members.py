@@ -24,6 +24,10 @@ class Leaf(NamedTuple):
     layers: int
     spec: ParamSpec
 
+    def part(self, parts: int) -> float:
+        """Elements that a device has where fsdp cuts it into so many parts."""
+        return self.elements / (parts if ZERO_AXIS in self.axes else 1)
+
     @property
     def is_matmul(self) -> bool:
         """Whether an einsum contracts it."""

@@ -45,7 +45,7 @@ def resolve(name: str, stages: int, microbatches: int, chunks: int | None = None
     return schedule
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=256)
 def build(name: str, stages: int, microbatches: int, chunks: int | None = None) -> Schedule:
     """The table of a schedule.
 

@@ -17,11 +17,16 @@ AXIS = "pipe"
 PADDING = -1
 
 
+def slice_layers(layers: int, slices: int) -> int:
+    """Layers that a device runs of a slice, padding included: all slices are filled up to the longest."""
+    return -(-layers // slices)
+
+
 def layer_table(schedule: Schedule, layers: int) -> np.ndarray:
     """The layers of each stage and chunk, int32 [p, v, n], with `PADDING` where a slice has fewer than n; the first slices have the larger part."""
     sizes = [layers // schedule.slices + (index < layers % schedule.slices) for index in range(schedule.slices)]
     starts = np.concatenate([[0], np.cumsum(sizes)])
-    table = np.full((schedule.stages, schedule.chunks, max(sizes)), PADDING, np.int32)
+    table = np.full((schedule.stages, schedule.chunks, slice_layers(layers, schedule.slices)), PADDING, np.int32)
     for index, size in enumerate(sizes):
         table[(*schedule.home(index), slice(0, size))] = np.arange(starts[index], starts[index] + size)
     return table

@@ -28,11 +28,9 @@ def _summed(step: Step, leaf: Leaf) -> tuple[str, ...]:
 
 
 def _exact(step: Step, leaf: Leaf) -> Iterator[Term]:
-    scattered = ZERO_AXIS in leaf.axes
-    if scattered:
+    if ZERO_AXIS in leaf.axes:
         yield Term("reduce-scatter", (ZERO_AXIS,), leaf.elements, step.policy.params)
-    part = leaf.elements / (step.degrees[ZERO_AXIS] if scattered else 1)
-    yield Term("all-reduce", _left(step, leaf), part, step.policy.params)
+    yield Term("all-reduce", _left(step, leaf), leaf.part(step.degrees[ZERO_AXIS]), step.policy.params)
 
 
 def _int8(step: Step, leaf: Leaf, config: Reduce) -> Iterator[Term]:
@@ -83,7 +81,7 @@ def meetings(step: Step) -> Iterator[Term]:
     step of a run all meet once more, which is not counted."""
     if step.local is not None:
         for leaf in step.stored:
-            own = leaf.elements / (step.degrees[ZERO_AXIS] if ZERO_AXIS in leaf.axes else 1)
+            own = leaf.part(step.degrees[ZERO_AXIS])
             yield Term("all-reduce", (step.local.axis,), own, jnp.float32, 1 / step.local.every)
 
 

@@ -8,12 +8,8 @@ import jax.numpy as jnp
 from lmeff.parallel.mesh import AXES
 
 PARTIAL = jnp.float32  # sums of products are float32 until they are reduced
-LOOPS = (
-    "step",
-    "microbatch",
-    "layer",
-    "tick",
-)  # once a step; for every microbatch; for every layer of each; for every tick of a pipeline
+# Once a step; for every microbatch; for every layer of each; for every tick of a pipeline.
+LOOPS = ("step", "microbatch", "layer", "tick")
 
 
 class Term(NamedTuple):

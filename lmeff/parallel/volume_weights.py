@@ -156,9 +156,8 @@ def inner_gradients(step: Step) -> Iterator[Term]:
     for leaf in step.leaves:
         if leaf.in_block:
             yield from _of_block(step, leaf)
-            if (
-                step.schedule is not None and TENSOR in leaf.axes
-            ):  # on the way back from a stage, though it is summed already
+            # On the way back from a stage, though it is summed already.
+            if step.schedule is not None and TENSOR in leaf.axes:
                 yield Term("all-reduce", (CONTEXT,), leaf.elements, step.policy.params)
         elif leaf.path.startswith("final_norm"):
             runs = step.accumulate * step.last

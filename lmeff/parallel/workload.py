@@ -16,7 +16,8 @@ from lmeff.parallel.hlo import Conditional, Taken
 from lmeff.parallel.members import PIPE, Leaf, Member, again_of, leaves_of, specs_of
 from lmeff.parallel.mesh import BATCH_AXES, ZERO_AXIS, Layout, MeshPlan, indivisible, plan_layout
 from lmeff.parallel.order import check_tokens
-from lmeff.parallel.schedules import is_file, resolve
+from lmeff.parallel.schedules import resolve
+from lmeff.parallel.stages import slice_layers
 from lmeff.parallel.tables import Schedule
 
 CONTEXT, EXPERT, TENSOR = "context", "expert", "tensor"
@@ -137,8 +138,7 @@ class Step:
         stages = self.degrees[PIPE]
         if stages == 1:
             return None
-        make = resolve if is_file(self.plan.schedule) else _schedule  # a file may change
-        return make(self.plan.schedule, stages, self.accumulate, self.plan.chunks)
+        return resolve(self.plan.schedule, stages, self.accumulate, self.plan.chunks)
 
     @property
     def tokens_here(self) -> int:
@@ -193,7 +193,7 @@ class Step:
         """How often a device runs a layer, by layers and microbatches, and the layers of a slice; padding is run, too."""
         if self.schedule is None:
             return cfg.layers * self.accumulate, cfg.layers
-        size = -(-cfg.layers // self.schedule.slices)
+        size = slice_layers(cfg.layers, self.schedule.slices)
         return self.accumulate * self.schedule.chunks * size, size
 
     @property
@@ -220,11 +220,6 @@ def _layout(plan: MeshPlan, devices: int, manual: tuple[str, ...]) -> Layout:
     return layout.within(manual) if manual else layout
 
 
-@functools.lru_cache(maxsize=256)
-def _schedule(name: str, stages: int, microbatches: int, chunks: int | None) -> Schedule:
-    return resolve(name, stages, microbatches, chunks)
-
-
 @functools.lru_cache(maxsize=1024)
 def _indivisible(cfg: ModelConfig, plan: MeshPlan, devices: int) -> tuple[str, ...]:
     return tuple(indivisible(specs_of(cfg), plan.degrees(devices)))
@@ -238,9 +233,8 @@ def branch_counts(step: Step) -> Taken:
     def taken(found: Conditional) -> Sequence[float]:
         if local is not None and found.origin.endswith("shard_map/cond") and "while" not in found.origin:
             meets = [1 / local.every] * local.fragments
-            return [1 - sum(meets), *meets, 0][
-                : found.count
-            ]  # the last, after a run's last step, is there for several fragments
+            # The last, after a run's last step, is there for several fragments.
+            return [1 - sum(meets), *meets, 0][: found.count]
         if schedule is None:
             return [found.times] * found.count
         if not found.around and found.count == 4:  # the executor's switch: idle, F, B, W

@@ -65,9 +65,10 @@ def _ways(c: dict[str, Column], axes: tuple[str, ...]) -> Column:
     return np.prod([c[axis] for axis in axes], axis=0)
 
 
-def region(c: dict[str, Column]) -> Column:
+def region(plans: Plans) -> Column:
     """Where gradients are reduced once a step, and weights gathered once."""
-    return (c["accumulate"] > 1) | (c["pipe"] > 1)
+    c = plans.columns
+    return (c["accumulate"] > 1) | (c["pipe"] > 1) | (plans.job.reduce is not None)
 
 
 def stashes_inputs(plans: Plans) -> Column:

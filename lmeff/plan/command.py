@@ -14,10 +14,11 @@ from rich.console import Console
 
 from lmeff.config import Experiment
 from lmeff.config.overrides import resolve
-from lmeff.core.errors import ConfigError, DoesNotFit, UsageError, UserError
+from lmeff.core.errors import ConfigError, DoesNotFit, UsageError
+from lmeff.core.files import write_asked
 from lmeff.launch import simulate_devices
 from lmeff.parallel.devices import Topology, parse_topology
-from lmeff.parallel.mesh import MeshPlan
+from lmeff.parallel.mesh import AXES, MeshPlan
 from lmeff.plan.answer import budget_json, estimate_json, join, search_json, serving_json
 from lmeff.plan.budget import fit
 from lmeff.plan.estimate import Estimate
@@ -28,7 +29,7 @@ from lmeff.plan.search import search
 from lmeff.plan.show import overview, show
 from lmeff.plan.verify import ACTIVATIONS, REMEDIES, verify
 from lmeff.report import plan_words, words
-from lmeff.report.plan import write_plan
+from lmeff.report.plan import render_plan
 
 Json = dict[str, Any]
 SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -131,10 +132,7 @@ def check_slice(found: Topology, family: Chip, name: str) -> None:
 
 def asked(experiment: Experiment) -> int:
     """How many devices the config's own mesh asks for."""
-    mesh, count = experiment.mesh, experiment.mesh.data or 1
-    for axis in ("dcn", "fsdp", "pipe", "expert", "context", "tensor"):
-        count *= getattr(mesh, axis)
-    return count
+    return math.prod(getattr(experiment.mesh, axis) or 1 for axis in AXES)
 
 
 def plan(command: Plan, overrides: Sequence[str], console: Console) -> Json:
@@ -154,7 +152,7 @@ def plan(command: Plan, overrides: Sequence[str], console: Console) -> Json:
         overview(answers, console)
     show(found, console)
     if command.html is not None:
-        _write(answer, command.html)
+        write_asked("html", command.html, render_plan(answer))
         console.print(f"page: {command.html}", highlight=False, soft_wrap=True)
     if not fits(found):
         reason = plan_words.refusal(found, REMEDIES, ACTIVATIONS)
@@ -270,10 +268,3 @@ def size(option: str, text: str) -> int:
     if not 1 <= value < math.inf:
         raise UsageError(f"{option}: got '{text}', expected a number with a unit of {', '.join(SIZES)}, such as 4GiB")
     return int(value)
-
-
-def _write(answer: Json, path: Path) -> None:
-    try:
-        write_plan(answer, path)
-    except OSError as error:
-        raise UserError(f"--html: cannot write {path}: {error.strerror}; choose a folder of your own") from error

@@ -26,6 +26,7 @@ from lmeff.models.moe import row_capacity
 from lmeff.models.transformer import forward, param_specs, project
 from lmeff.plan.estimate import Site
 from lmeff.plan.job import Shape
+from lmeff.plan.storage import bits_of
 
 
 @functools.lru_cache(maxsize=4096)
@@ -201,9 +202,4 @@ class _Counter:
 
 def _bytes(x: Any) -> float:
     """Bytes of an array or of all parts of a packed one; codes of 4 bits take half a byte."""
-    return sum(math.prod(part.shape) * _bits(part.dtype) / 8 for part in jax.tree.leaves(x))
-
-
-def _bits(dtype: Any) -> int:
-    integer = jnp.issubdtype(dtype, jnp.integer)
-    return jnp.iinfo(dtype).bits if integer else 8 * jnp.dtype(dtype).itemsize
+    return sum(math.prod(part.shape) * bits_of(part.dtype) / 8 for part in jax.tree.leaves(x))

@@ -12,7 +12,8 @@ from lmeff.parallel.activations import layer_bytes, local_sizes
 from lmeff.parallel.members import Leaf, leaves_of
 from lmeff.parallel.mesh import ZERO_AXIS, Layout
 from lmeff.parallel.program import SlotCounts, slots
-from lmeff.parallel.schedules import resolve
+from lmeff.parallel.schedules import is_file, resolve
+from lmeff.parallel.stages import slice_layers
 from lmeff.parallel.stash import STASHES
 from lmeff.plan.job import Job, Shape
 from lmeff.plan.live import Live, Saved, total
@@ -26,10 +27,12 @@ class Tables(NamedTuple):
     slots: SlotCounts
 
 
-@functools.cache
 def _tables(name: str, stages: int, microbatches: int, chunks: int | None, until: Literal["B", "W"]) -> Tables:
     schedule = resolve(name, stages, microbatches, chunks)
     return Tables(schedule.slices, schedule.chunks, slots(schedule, until).counts)
+
+
+_known_tables = functools.lru_cache(maxsize=4096)(_tables)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,8 @@ class Device:
         plan, stages = self.job.mesh, self.job.degrees["pipe"]
         if stages == 1:
             return None
-        return _tables(plan.schedule, stages, self.job.accumulate, plan.chunks, STASHES[plan.stash].until)
+        tables = _tables if is_file(plan.schedule) else _known_tables  # a file may change
+        return tables(plan.schedule, stages, self.job.accumulate, plan.chunks, STASHES[plan.stash].until)
 
     @property
     def region(self) -> bool:
@@ -108,16 +112,16 @@ class Part:
         """Parameters, as the device holds them between steps (cut over fsdp) or whole over fsdp; of the stack of layers, of the rest, or all."""
         parts = self.device.job.degrees[ZERO_AXIS]
         return sum(
-            leaf.elements / (parts if held and ZERO_AXIS in leaf.axes else 1)
+            leaf.part(parts) if held else leaf.elements
             for leaf in self.leaves
-            if stacked is None or stacked == leaf.path.startswith("blocks/")
+            if stacked is None or stacked == leaf.in_block
         )
 
     @property
     def layers(self) -> int:
         """Layers on the device; of a pipeline those of all its slices, with padding."""
         schedule = self.device.schedule
-        return self.cfg.layers if schedule is None else schedule.chunks * -(-self.cfg.layers // schedule.slices)
+        return self.cfg.layers if schedule is None else schedule.chunks * slice_layers(self.cfg.layers, schedule.slices)
 
     @property
     def layer(self) -> float:
@@ -127,8 +131,7 @@ class Part:
     @property
     def experts(self) -> float:
         """Of these, those of experts."""
-        own = [leaf for leaf in self.leaves if "/moe/" in leaf.path and "shared" not in leaf.path and leaf.is_matmul]
-        return sum(leaf.elements / leaf.layers for leaf in own)
+        return sum(leaf.elements / leaf.layers for leaf in self.leaves if leaf.routed and leaf.is_matmul)
 
     def bytes(self, live: Live) -> float:
         """Of the arrays of a table."""

@@ -35,7 +35,7 @@ def bytes_of(plans: Plans) -> Column:
     c, s = plans.columns, sizes(plans)
     held = s.own / np.where(c["zero"] == 3, c["fsdp"], 1)
     state = held * s.parameters + 2 * s.state * s.own / np.where(c["zero"] > 0, c["fsdp"], 1)
-    now = region(c)
+    now = region(plans)
     copies = np.where((c["accumulate"] > 1) & (c["pipe"] == 1), 2, 1)
     short = 0 if plans.job.platform != "tpu" or plans.job.cfg.tied else 0.5 * s.outer / s.own
     gradients = s.parameters * np.where(now, copies * s.own, (1 - short) * held)

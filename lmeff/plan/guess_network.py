@@ -13,9 +13,8 @@ from lmeff.plan.roofline import USUAL
 from lmeff.plan.slices import ways
 from lmeff.plan.space import Plans
 
-Three = tuple[
-    Column | float, Column | float, Column | float
-]  # seconds that computing hides, that the backward pass hides, and that nothing hides
+# Seconds that computing hides, that the backward pass hides, and that nothing hides.
+Three = tuple[Column | float, Column | float, Column | float]
 
 
 class Links(NamedTuple):
@@ -61,7 +60,7 @@ def network(plans: Plans, s: Sizes, links: Links) -> Three:
 
 def _weights(plans: Plans, s: Sizes, links: Links) -> Three:
     """Gathers of parameters and sums of gradients; those of experts go by rules of their own."""
-    c, now, fsdp = plans.columns, region(plans.columns), links.gather["fsdp"]
+    c, now, fsdp = plans.columns, region(plans), links.gather["fsdp"]
     dense, again = s.own - s.routed, _again(plans).any
     whole = c["zero"] == 3
     gather = np.where(~now & whole, (2 * dense + (1 + again) * s.routed) * s.compute * fsdp, 0)
@@ -69,7 +68,7 @@ def _weights(plans: Plans, s: Sizes, links: Links) -> Three:
     inner = 2 * s.compute * _in_microbatches(plans, s, dense) * c["accumulate"] * links.gather["context"]
     head = 2 * s.outer * s.compute / c["fsdp"] * links.gather["rows"]
     late = np.where(now, 0, _placed_sums(c, s, dense, links)) + inner
-    return gather, late, np.where(now, _region_sums(c, s, dense, links), head) + once
+    return gather, late, np.where(now, _region_sums(plans, s, dense, links), head) + once
 
 
 def _placed_sums(c: dict[str, Column], s: Sizes, dense: Column, links: Links) -> Column:
@@ -81,13 +80,15 @@ def _placed_sums(c: dict[str, Column], s: Sizes, dense: Column, links: Links) ->
     return layers + s.compute * s.routed * np.where(apart & (c["zero"] == 3), cut, 2 * over["all copies"])
 
 
-def _region_sums(c: dict[str, Column], s: Sizes, dense: Column, links: Links) -> Column:
-    """Of gradients in a region, in the dtype of the parameters."""
+def _region_sums(plans: Plans, s: Sizes, dense: Column, links: Links) -> Column:
+    """Of gradients in a region, in the dtype of the parameters, or as codes of a byte; of PowerSGD's factors nothing counts."""
+    c, reduce = plans.columns, plans.job.reduce
+    width = s.parameters if reduce is None else {"int8": 1, "powersgd": 0}[reduce.method]
     over, found = links.gather, 2 * s.outer * links.gather["pipe"]
     for own, axes in ((dense, "rows"), (s.routed, "copies")):
         scattered = own * over["fsdp"] + 2 * own / c["fsdp"] * over[axes]
         found = found + np.where(c["zero"] == 3, scattered, 2 * own * over[f"{axes} and fsdp"])
-    return s.parameters * found
+    return width * found
 
 
 def _in_microbatches(plans: Plans, s: Sizes, dense: Column) -> Column:
@@ -95,7 +96,7 @@ def _in_microbatches(plans: Plans, s: Sizes, dense: Column) -> Column:
     c, cfg = plans.columns, plans.job.cfg
     scattered = (c["zero"] >= 2) & (c["fsdp"] > 1)
     ends = s.outer * (2 if cfg.tied else 1) / np.where(c["pipe"] > 1, 2, 1)
-    return np.where(region(c), dense - s.outer + s.routed + ends, np.where(scattered, 0, dense - s.outer))
+    return np.where(region(plans), dense - s.outer + s.routed + ends, np.where(scattered, 0, dense - s.outer))
 
 
 class _Again(NamedTuple):

@@ -1,8 +1,10 @@
 """Chips by name, and the CPU of this machine, which is measured once."""
 
+import contextlib
 import difflib
 import json
 import os
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -32,13 +34,20 @@ def chip(name: str) -> Chip:
 
 def this_cpu() -> Chip:
     """This machine as a chip, from the cache of the user, or measured and kept there."""
-    path = cache_dir() / "cpu.json"
+    # A home may be shared by unlike machines, and a container may have fewer cores today: both are part of the name.
+    path = cache_dir() / f"cpu-{platform.machine()}-{os.cpu_count()}-{_memory()}.json"
     try:
         return Chip(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):  # none there yet, or one of another version
         found = measure_cpu()
+    with contextlib.suppress(OSError):  # a home that nobody may write to: it is measured again next time
         write_text(path, json.dumps(asdict(found), indent=1))
-        return found
+    return found
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def cache_dir() -> Path:
@@ -53,8 +62,7 @@ def measure_cpu() -> Chip:
         "bfloat16": _product_rate(jnp.bfloat16, jnp.float32),
         "int8": _product_rate(jnp.int8, jnp.int32),
     }
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    bandwidth = _bandwidth(8 * 2**20, turns=8)
+    memory, bandwidth = _memory(), _bandwidth(8 * 2**20, turns=8)
     return Chip(
         name="cpu",
         platform="cpu",

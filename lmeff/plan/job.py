@@ -13,6 +13,7 @@ from lmeff.models.config import ModelConfig
 from lmeff.parallel.activations import choose
 from lmeff.parallel.compressed import Reduce
 from lmeff.parallel.mesh import Layout, MeshPlan, plan_layout
+from lmeff.parallel.schedules import Size, size_of
 from lmeff.parallel.workload import Local, Step
 from lmeff.recipe.artifact import Recipe
 from lmeff.recipe.stage import recipe_of
@@ -80,6 +81,12 @@ class Job:
         """The remat policy, with a budget resolved for these devices; raises `ConfigError` where none fits."""
         rows = self.rows // self.accumulate
         return choose(self.remat, self.cfg, self.layout, rows, self.tokens, self.policy.compute)
+
+    @property
+    def pipeline(self) -> Size | None:
+        """How the schedule cuts the model; None without a pipeline."""
+        stages = self.degrees["pipe"]
+        return None if stages == 1 else size_of(self.mesh.schedule, stages, self.accumulate, self.mesh.chunks)
 
     def step(self, stage: int = 0) -> Step:
         """The step as the formulas of `lmeff.parallel.volume` see it, from a device of that stage of the pipeline."""

@@ -5,12 +5,13 @@ They are about one large matrix product after another in bfloat16, forward and b
 
 import math
 
-from lmeff.plan.hardware import Chip, chip
+from lmeff.plan.hardware import Chip
 
 
 def alpha(of: Chip) -> float:
     """FLOPs that a chip could do for each byte it sends along one torus axis (or to its NVLink domain).
 
+    >>> from lmeff.plan.hardware import chip
     >>> round(alpha(chip("v5p")))
     2550
     """
@@ -20,6 +21,7 @@ def alpha(of: Chip) -> float:
 def data_limit(of: Chip, axes: int = 1) -> float:
     """Tokens a chip below which data parallelism and FSDP over so many torus axes are bound by the network.
 
+    >>> from lmeff.plan.hardware import chip
     >>> round(data_limit(chip("v5p"), axes=3))
     850
     """
@@ -29,6 +31,7 @@ def data_limit(of: Chip, axes: int = 1) -> float:
 def tensor_limit(of: Chip, ffn: int, axes: int = 1) -> float:
     """The degree above which tensor parallelism over so many torus axes is bound by the network, for an ffn of that width.
 
+    >>> from lmeff.plan.hardware import chip
     >>> int(tensor_limit(chip("v5p"), 30_000))
     11
     """
@@ -47,6 +50,7 @@ def fsdp_share(tokens: float, ffn: int, devices: int, fsdp_axes: int, tensor_axe
 def mixed_limit(of: Chip, ffn: int, fsdp_axes: int, tensor_axes: int) -> float:
     """Tokens a chip below which FSDP beside tensor parallelism, at their best shares, are bound by the network.
 
+    >>> from lmeff.plan.hardware import chip
     >>> round(mixed_limit(chip("v5p"), 32_768, 2, 1))
     397
     """
@@ -56,6 +60,7 @@ def mixed_limit(of: Chip, ffn: int, fsdp_axes: int, tensor_axes: int) -> float:
 def slice_limit(of: Chip, dcn: float | None = None) -> float:
     """Tokens of a slice below which data parallelism between slices is bound by the data-center network; `dcn` in bytes/s of a host.
 
+    >>> from lmeff.plan.hardware import chip
     >>> round(slice_limit(chip("v5p")) / 1000, 1)
     73.4
     """
@@ -65,22 +70,8 @@ def slice_limit(of: Chip, dcn: float | None = None) -> float:
 def critical_batch(of: Chip, *, weights: float = 16, arithmetic: str = "bfloat16") -> float:
     """Tokens at a time from which a product is bound by arithmetic and not by reading its weights, of so many bits each.
 
+    >>> from lmeff.plan.hardware import chip
     >>> round(critical_batch(chip("v5e"))), round(critical_batch(chip("v5e"), weights=8))
     (241, 120)
     """
     return of.rate(arithmetic) * weights / 16 / of.bandwidth
-
-
-def table(names: tuple[str, ...]) -> list[dict[str, float | str]]:
-    """These limits for several chips, a row each; tensor parallelism for an ffn of 32,768."""
-    return [
-        {
-            "chip": name,
-            "FLOPs a byte": alpha(found),
-            "tokens a chip, FSDP": data_limit(found, max(found.dims, 1)),
-            "tensor": tensor_limit(found, 32_768),
-            "tokens a slice, DCN": slice_limit(found),
-            "batch, decoding": critical_batch(found),
-        }
-        for name, found in ((name, chip(name)) for name in names)
-    ]

@@ -16,7 +16,8 @@ from lmeff.core.precision import parse as parse_precision
 from lmeff.core.specs import abstract
 from lmeff.core.tree import flatten
 from lmeff.models.transformer import param_specs
-from lmeff.parallel.mesh import Layout, names
+from lmeff.parallel.members import leaves_of
+from lmeff.parallel.mesh import Layout
 from lmeff.plan.jaxprs import elementwise_flops, product_flops, total, traced
 from lmeff.plan.job import Shape
 from lmeff.train.optim import OptimConfig, ema_update, make_optimizer
@@ -101,16 +102,12 @@ def optimizer_flops(shape: Shape, optim: OptimConfig, precision: str) -> float:
 
 def copies(layout: Layout, shape: Shape, paths: frozenset[str] | None = None) -> float:
     """On how many devices the same part of a weight lies, a mean over weights by their size: each of them does its elementwise work."""
-    specs = flatten(param_specs(shape.cfg))
-    chosen = {path: spec for path, spec in specs.items() if paths is None or path in paths}
+    chosen = [leaf for leaf in leaves_of(shape.cfg, layout) if paths is None or leaf.path in paths]
     if layout.single or not chosen:
         return 1.0
-    sizes = {path: math.prod(spec.shape) for path, spec in chosen.items()}
-    held = 0.0
-    for path, spec in chosen.items():
-        axes = [axis for entry in layout.partition(spec.letters, spec.shape) for axis in names(entry)]
-        held += sizes[path] * layout.mesh.size / layout.size(axes)
-    return held / sum(sizes.values())
+    sizes = [math.prod(leaf.spec.shape) for leaf in chosen]
+    held = sum(size * layout.mesh.size / layout.size(leaf.axes) for size, leaf in zip(sizes, chosen, strict=True))
+    return held / sum(sizes)
 
 
 STEPS = 1000  # of the schedule: its length changes no count

@@ -6,6 +6,7 @@ from lmeff.compress.config import Quantize
 from lmeff.distill.objectives import CHUNK, rows_at_once, shared_axes
 from lmeff.models.config import ModelConfig
 from lmeff.parallel.mesh import ZERO_AXIS
+from lmeff.parallel.stages import slice_layers
 from lmeff.plan.device import Device, Part
 from lmeff.plan.live import Live, arrives, attention_loop, ffn_backward, ffn_forward, loss_rows
 
@@ -57,10 +58,8 @@ def _layer_weights(device: Device, part: Part) -> Bytes:
         parts = 2 * FLOAT * part.layer / device.job.degrees[ZERO_AXIS]
         return {"gathered weights": device.narrow * (own + one) + parts}
     ffn = sum(leaf.elements / leaf.layers for leaf in part.leaves if leaf.path.split("/")[1:2] in (["mlp"], ["moe"]))
-    return {
-        "gathered weights": device.narrow * own,
-        "gradients": FLOAT * ffn,
-    }  # the ffn's are whole until they are reduced
+    # Gradients of the ffn are whole until they are reduced.
+    return {"gathered weights": device.narrow * own, "gradients": FLOAT * ffn}
 
 
 def _compression(device: Device) -> Bytes:
@@ -162,7 +161,7 @@ def pipelined_backward(device: Device) -> Bytes:
 
 def _slice_layers(device: Device) -> int:
     assert device.schedule is not None
-    return -(-device.student.cfg.layers // device.schedule.slices)
+    return slice_layers(device.student.cfg.layers, device.schedule.slices)
 
 
 def pipelined_forward(device: Device) -> Bytes:

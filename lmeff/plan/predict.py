@@ -42,11 +42,8 @@ def predict(job: Job, chip: Chip, topology: Topology | None = None) -> Estimate:
 def memory(job: Job) -> tuple[Memory, ...]:
     """Bytes on a device of the first, a middle and the last stage; one without a pipeline."""
     last = job.degrees["pipe"] - 1
-    host = host_bytes(job)
-    return tuple(
-        Memory(stage, state_bytes(job, stage), temporary_bytes(job, stage), host)
-        for stage in sorted({0, last // 2, last})
-    )
+    temporaries, host = temporary_bytes(job), host_bytes(job)
+    return tuple(Memory(stage, state_bytes(job, stage), temporaries, host) for stage in sorted({0, last // 2, last}))
 
 
 def fullest(job: Job) -> int:

@@ -86,7 +86,7 @@ def _gradient(cfg: ModelConfig, remat: str, tokens: int, dtype: Any) -> Any:
 
     def run(x: Any, p: Any, ids: Any) -> Any:
         batch = Batch(ids, ids, ids, ids, jnp.ones(ids.shape, jnp.float32))
-        step = wrapper(parse(remat, sites(cfg)))(lambda x, p: block(x, p, batch, cfg, _ops(cfg)))
+        step = wrapper(parse(remat, sites(cfg)))(lambda x, p: block(x, p, batch, cfg, _ops()))
         out, pull = jax.vjp(step, x, p)
         return out, pull(out)
 
@@ -97,7 +97,7 @@ def _layer(dtype: Any, path: str, spec: ParamSpec) -> Any:
     return jax.ShapeDtypeStruct(spec.shape[1:], dtype)
 
 
-def _ops(cfg: ModelConfig) -> Ops:
+def _ops() -> Ops:
     """The model's seam, but for an attention that only keeps what the real ones keep, and products of groups in the form whose rows can be counted."""
 
     def grouped(equation: str, x: Any, w: Any, rows: Any, *, site: str) -> jax.Array:

@@ -28,8 +28,9 @@ from lmeff.plan.estimate import Flow, Site, SiteTime, StepTime, Work
 from lmeff.plan.hardware import Chip
 from lmeff.plan.job import Job
 from lmeff.plan.slices import ways
+from lmeff.plan.state import optimizer_bytes
 from lmeff.plan.ticks import Passes, schedule_seconds
-from lmeff.plan.traffic import COPY, HOST, moments, owned
+from lmeff.plan.traffic import COPY, HOST, owned, total
 
 
 class Rates(NamedTuple):
@@ -75,7 +76,7 @@ def step_time(job: Job, chip: Chip, work: Work, flows: Sequence[Flow], topology:
     parts = {
         "compute": sum(cost.compute for cost in costs),
         "memory": sum(cost.memory for cost in (*costs, between)),
-        "network": _sum(f for f in flows if f.network != HOST),
+        "network": total(flows),
         "bubble": _bubble(job, costs),
         "optimizer": update,
         "host": _sum(f for f in flows if f.network == HOST),
@@ -90,7 +91,7 @@ def step_time(job: Job, chip: Chip, work: Work, flows: Sequence[Flow], topology:
 def _total(job: Job, costs: Sequence[Cost], between: Cost, update: float, flows: Sequence[Flow], rates: Rates) -> float:
     passes = _passes(costs, rates)
     computing = schedule_seconds(job, passes)
-    network, host = (_sum(f for f in flows if (f.network == HOST) == is_host) for is_host in (False, True))
+    network, host = total(flows), _sum(f for f in flows if f.network == HOST)
     if rates is FULL:  # norms and gates may all be fused into products
         return max(computing, sum(cost.memory for cost in costs) + update, network, host)
     computing += between.memory / rates.memory
@@ -196,7 +197,7 @@ def update_seconds(job: Job, chip: Chip) -> float:
     """The optimizer's update at full rate: gradients are read twice (once for their norm), parameters and moments read and written."""
     own = owned(job, job.layout.of_optimizer)
     width = jnp.dtype(job.policy.params).itemsize
-    moved = own * width * (4 if job.optim.clip_norm else 3) + 2 * moments(job)
+    moved = own * width * (4 if job.optim.clip_norm else 3) + 2 * optimizer_bytes(job)
     moved += 2 * own * width * (job.optim.ema is not None)
     return moved * job.devices / chip.chips(job.devices) / chip.bandwidth
 

@@ -166,16 +166,6 @@ SLACK = 1.02  # of the capacity: rough bytes are at most so much above the exact
 LAST, FEW = 10, 3
 
 
-def exhaustive(tried: Plans, cost: Costs, capacity: float) -> list[Found]:
-    """All plans, predicted: what `closely` is measured against."""
-    found = []
-    for row in range(len(tried)):
-        job = tried.at(row)
-        size = cost.bytes(job)
-        found.append(Found(job, size, cost.seconds(job) if size <= capacity else float("inf")))
-    return found
-
-
 def ranked(found: list[Found]) -> list[Found]:
     """What fits, fastest first; of equals what takes less memory."""
     return sorted((f for f in found if np.isfinite(f.seconds)), key=lambda f: (f.seconds, f.bytes))

@@ -90,7 +90,7 @@ def serving(
     """Of a batch of rows with `context` tokens each.
 
     weights: of products in the blocks, "float32", "bfloat16", "fp8", or an integer format such as "int8" or "int4/g32"; embedding, head and norms are bfloat16,
-        or float32 with weights of float32. cache: the same for keys and values, integers with a scale for each token and head. arithmetic: of these products.
+        or float32 with weights of float32. cache: the same for keys and values (`cache_bytes`). arithmetic: of these products.
     Raises `ConfigError` where heads do not divide over the devices.
     """
     if cfg.heads % devices or cfg.ffn % devices:
@@ -130,11 +130,26 @@ def table(cfg: ModelConfig, chip: Chip, *, devices: int = 1, batch: int = 1, con
 
 
 def cache_bytes(cfg: ModelConfig, cache: str, rows: int, tokens: int) -> float:
-    """Keys and values of so many rows, all layers; a window keeps its own tokens only."""
+    """Bytes of the keys and values of so many rows, all layers; a window keeps no more than its own tokens.
+
+    Of integers "int8" and "int4" have a float32 scale for each token and head, "int4/g32" one for each 32 numbers of a head, "int8/tensor" one a layer; affine
+    ones a zero point of 32 bits for each scale.
+
+    Llama-3-8B: 2 x 32 layers x 8 heads x 128 numbers x 2 bytes are 128 KiB a token; int8 with scales is (128 + 4) / 256 of that.
+
+    >>> from lmeff.models.config import preset
+    >>> [cache_bytes(preset("llama3_8b"), cache, 1, 8192) / 2**20 for cache in ("bfloat16", "int8")]
+    [1024.0, 528.0]
+    """
     seen = tokens if cfg.window is None else min(tokens, cfg.window)
-    numbers = 2 * cfg.layers * cfg.kv_heads * cfg.head_size * seen * rows
-    scales = numbers / cfg.head_size * SCALE_BITS / 8 if cache.startswith("int") else 0.0
-    return numbers * bits(cache) / 8 + scales
+    heads = 2 * cfg.layers * cfg.kv_heads * seen * rows
+    codes = heads * cfg.head_size * bits(cache) / 8
+    if cache in FLOATS:
+        return codes
+    format = _quantized(cache)
+    groups = {"channel": 1, "group": -(-cfg.head_size // (format.group or cfg.head_size))}
+    scales = 2 * cfg.layers if format.granularity == "tensor" else heads * groups[format.granularity]
+    return codes + _beside(format, scales)
 
 
 def bits(name: str) -> float:
@@ -173,7 +188,12 @@ def _stored(spec: ParamSpec, weights: str) -> float:
     format = _quantized(weights)
     contracted = math.prod(spec.shape[axis] for axis in spec.axes)
     shared = {"tensor": numbers, "channel": contracted, "group": format.group or contracted}[format.granularity]
-    return numbers * bits(weights) / 8 + numbers / shared * SCALE_BITS / 8 * (1 if format.symmetric else 2)
+    return numbers * bits(weights) / 8 + _beside(format, numbers / shared)
+
+
+def _beside(format: QFormat, scales: float) -> float:
+    """Bytes of so many scales, and of affine formats as many zero points."""
+    return scales * SCALE_BITS / 8 * (1 if format.symmetric else 2)
 
 
 def _liked(cfg: ModelConfig, tokens: float) -> float:

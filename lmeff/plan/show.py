@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lmeff.report import plan_words, words
+from lmeff.report import plan_options, plan_words, words
 from lmeff.report.tables import make_cell, make_table, print_points
 
 Json = dict[str, Any]
@@ -84,7 +84,7 @@ def _compiled_bytes(plan: Json, console: Console) -> None:
 def _room(plan: Json, console: Console) -> None:
     if plan.get("room"):
         _head(console, "what there is room for")
-        print_points(console, plan_words.roomy(plan))
+        print_points(console, plan_options.roomy(plan))
 
 
 def _memory(plan: Json, console: Console) -> None:
@@ -177,7 +177,7 @@ def _energy(plan: Json, console: Console) -> None:
     _head(console, plan_words.energy(plan))
     table = make_table(console, "of a step", "joules", text_columns=("of a step",))
     for name, joules in energy["joules"].items():
-        table.add_row(*(make_cell(console, cell) for cell in (name, plan_words.amount(joules))))
+        table.add_row(*(make_cell(console, cell) for cell in (name, words.amount(joules))))
     console.print(table)
     assumed = "; ".join(f"{name} {words.number(value)}" for name, value in energy["assumptions"].items())
     console.print(make_cell(console, f"assumed: {assumed}", "dim"), soft_wrap=not console.is_terminal)
@@ -208,7 +208,7 @@ def _search(plan: Json, console: Console) -> None:
     _head(console, "search: the best plans, and those beside which they are best")
     table = make_table(console, "plan", "a step", "tokens/s", "MFU", "a device", text_columns=("plan",))
     for row in found["plans"]:
-        cells = plan_words.searched_row(row)
+        cells = plan_options.searched_row(row)
         style = "" if row["fits"] else "dim"
         table.add_row(*(make_cell(console, cell, style) for cell in cells))
     console.print(table)
@@ -221,24 +221,24 @@ def _budget(plan: Json, console: Console) -> None:
         return
     _head(
         console,
-        f"compressions that meet {plan_words.target(found)}, the gentlest first; nats are expected, not measured",
+        f"compressions that meet {plan_options.target(found)}, the gentlest first; nats are expected, not measured",
     )
     heads = ("stage", "stored", "bits", "a token", "nats")
     table = make_table(console, *heads, text_columns=("stage",))
     for option in found["options"]:
-        table.add_row(*(make_cell(console, cell) for cell in plan_words.option_row(option)))
+        table.add_row(*(make_cell(console, cell) for cell in plan_options.option_row(option)))
     console.print(table)
-    print_points(console, [plan_words.because(option) for option in found["options"]])
+    print_points(console, [plan_options.because(option) for option in found["options"]])
 
 
 def _serving(plan: Json, console: Console) -> None:
     found = plan.get("serving")
     if not found:
         return
-    _head(console, plan_words.served(found))
+    _head(console, plan_options.served(found))
     heads = ("weights", "cache", "rows", "on a device", "a token", "bound by", "prompt", "tokens/s")
     table = make_table(console, *heads, text_columns=("weights", "cache", "bound by"))
-    for row in plan_words.served_rows(found):
+    for row in plan_options.served_rows(found):
         table.add_row(*(make_cell(console, cell) for cell in row))
     console.print(table)
 

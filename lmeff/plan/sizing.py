@@ -112,7 +112,7 @@ def distillation(
     """A student of so many parameters taught by a teacher of so many: 6ND for one, 2ND for the other.
 
     tokens: distinct ones; each student sees them `epochs` times.
-    cached: the teacher's logits are stored (`cache_bytes`), so it runs once for all epochs and students; otherwise in every step of each.
+    cached: the teacher's logits are stored (`logits_bytes`), so it runs once for all epochs and students; otherwise in every step of each.
 
     A teacher of three times the size doubles the cost; cached, for 2 students of 5 epochs, it adds a tenth of that.
 
@@ -125,10 +125,10 @@ def distillation(
     return Distillation(6.0 * student * tokens * epochs, 2.0 * teacher * tokens * runs)
 
 
-def cache_bytes(tokens: float, kept: int, *, value_bytes: int = 2, index_bytes: int = 4) -> float:
+def logits_bytes(tokens: float, kept: int, *, value_bytes: int = 2, index_bytes: int = 4) -> float:
     """A cache of the teacher's `kept` largest logits of each token, with their indices.
 
-    >>> cache_bytes(1e9, 64) / 1e9  # GB
+    >>> logits_bytes(1e9, 64) / 1e9  # GB
     384.0
     """
     return tokens * kept * (value_bytes + index_bytes)

@@ -6,6 +6,7 @@ rows that are looked at closely.
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,8 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmeff.core.errors import ConfigError
-from lmeff.parallel.mesh import AXES, MeshPlan
-from lmeff.parallel.schedules import size_of
+from lmeff.parallel.mesh import AXES, BATCH_AXES, MeshPlan
 from lmeff.plan.job import Job
 from lmeff.plan.legal import check_mesh, check_pipeline, illegal
 
@@ -35,7 +35,8 @@ class Space:
     zero:      stages of ZeRO, where fsdp cuts anything. Stage 0 is the same as data parallelism.
     pipelines: with a pipeline. GPipe keeps most, but its stages run the same pass at a time, so that none waits for a longer one.
     pipe:      the most stages; 1 does not pipeline. rounds: the most microbatches, in times of the stages.
-    remat:     policies. sequence: forms of context parallelism. context: the most parts of a sequence.
+    remat:     policies, from least to most recomputation: what keeps more than a plan that does not fit is not tried.
+    sequence:  forms of context parallelism. context: the most parts of a sequence.
     precision: policies of precision; none takes the job's own.
     """
 
@@ -112,7 +113,8 @@ def plans(job: Job, devices: int, space: Space) -> Plans:
         zeros = space.zero if degrees["fsdp"] > 1 else space.zero[-1:]
         inner = list(itertools.product(zeros, range(len(space.remat))))
         counts = microbatches(job.rows, degrees, space.rounds)
-        reasons: dict[tuple[int, int], str | None] = {}  # of the mesh: whatever the pipeline
+        # Of the mesh. Neither the pipeline changes them nor the counts, which divide the rows or are 1.
+        reasons: dict[tuple[int, int], str | None] = {}
         for sequence, pipeline, count, precision in _outer(degrees, counts, job, space):
             looked += len(inner)
             tried, key = _job(job, degrees, sequence, pipeline, count, precision, space), (sequence, precision)
@@ -120,7 +122,8 @@ def plans(job: Job, devices: int, space: Space) -> Plans:
                 reasons[key] = illegal(tried, check_mesh)
             reason = reasons[key] or illegal(tried, check_pipeline)
             if reason is None:
-                head = (at, *degrees.values(), sequence, pipeline, count, precision, _chunks(tried))
+                chunks = 1 if tried.pipeline is None else tried.pipeline.chunks
+                head = (at, *degrees.values(), sequence, pipeline, count, precision, chunks)
                 found += [(*head, *rest) for rest in inner]
             else:
                 before = refused.get(kind(reason), Refused(0, reason))
@@ -162,7 +165,7 @@ def microbatches(rows: int, degrees: dict[str, int], rounds: int) -> list[int]:
 
     One where devices cannot take equally many rows: then no number is right.
     """
-    ways = degrees["dcn"] * degrees["data"] * degrees["fsdp"] * degrees["expert"]
+    ways = math.prod(degrees[axis] for axis in BATCH_AXES)
     found = [1]
     for count in divisors(rows // ways) if rows % ways == 0 else []:
         if count >= 2 * found[-1]:
@@ -191,11 +194,6 @@ def _job(
     options: dict[str, Any] = {} if pipeline < 0 else space.pipelines[pipeline]._asdict()
     mesh = MeshPlan(**degrees, sequence=space.sequence[sequence], **options)
     return job.changed(mesh=mesh, accumulate=count, precision=precisions(job, space)[precision])
-
-
-def _chunks(job: Job) -> int:
-    pipe = job.degrees["pipe"]
-    return 1 if pipe == 1 else size_of(job.mesh.schedule, pipe, job.accumulate, job.mesh.chunks).chunks
 
 
 def kind(reason: str) -> str:

@@ -11,13 +11,10 @@ from typing import Any
 import jax
 
 from lmeff.core.errors import ConfigError
-from lmeff.core.numerics import parse_format
-from lmeff.core.precision import DTYPES, parse
+from lmeff.core.precision import parse
 from lmeff.core.specs import abstract
-from lmeff.models.config import ModelConfig
 from lmeff.models.remat import HOST
 from lmeff.models.transformer import param_specs
-from lmeff.parallel.mesh import Layout
 from lmeff.plan.job import Job, Shape
 from lmeff.plan.program import runtime
 from lmeff.plan.storage import stored_bytes
@@ -25,8 +22,6 @@ from lmeff.recipe.runtime import abstract_frozen
 from lmeff.train.optim import OptimConfig, make_optimizer
 from lmeff.train.state import TrainState, abstract_batch, build_state
 from lmeff.train.step import abstract_begin
-
-CACHE = {"f32": "float32", "bf16": "bfloat16"}
 
 
 def state_bytes(job: Job, stage: int = 0) -> dict[str, int]:
@@ -48,6 +43,12 @@ def state_bytes(job: Job, stage: int = 0) -> dict[str, int]:
 def host_bytes(job: Job) -> int:
     """Bytes in the host's memory, for each device: the optimizer's arrays where they are offloaded."""
     return _kept(_counted(job))[1]
+
+
+def optimizer_bytes(job: Job) -> int:
+    """Bytes of the optimizer's arrays of one device, in its own memory or the host's."""
+    kept, host = _kept(_counted(job))
+    return kept["optimizer"] + host
 
 
 def _counted(job: Job) -> Job:
@@ -97,41 +98,6 @@ def category_of(name: str, boolean: bool, single: bool) -> str:
     if found == "optimizer" and single:
         return "counters"
     return "masks" if found == "scales" and boolean else found
-
-
-def cache_bytes(cfg: ModelConfig, rows: int, tokens: int, format: str, layout: Layout) -> int:
-    """Bytes on one device of the keys and values of so many rows that are `tokens` long, of all its layers; a window keeps no more than itself.
-
-    format: "bf16", "f32", or one of integers, as `parse_format` reads it: "int8" and "int4" have a float32 scale for each token and head,
-    "int4/g32" one for each 32 numbers of a head, "int8/tensor" one a layer; affine ones an int32 zero point for each scale.
-    Heads that tensor parallelism does not divide lie whole on each of its devices. What fills up the tiles of a TPU is not counted.
-
-    Llama-3-8B: 2 x 32 layers x 8 heads x 128 numbers x 2 bytes are 128 KiB a token; int8 with scales is (128 + 4) / 256 of that.
-
-    >>> from lmeff.models.config import preset
-    >>> from lmeff.parallel.mesh import MeshPlan, plan_layout
-    >>> llama, one = preset("llama3_8b"), plan_layout(MeshPlan(), 1, "tpu")
-    >>> cache_bytes(llama, 1, 8192, "bf16", one) // 2**20, cache_bytes(llama, 1, 8192, "int8", one) // 2**20
-    (1024, 528)
-    >>> cache_bytes(llama, 4, 8192, "bf16", plan_layout(MeshPlan(data=2, tensor=8), 16, "tpu")) // 2**20
-    256
-    """
-    kept = tokens if cfg.window is None else min(tokens, cfg.window)
-    arrays = _cache_arrays((cfg.layers, rows, kept, cfg.kv_heads, cfg.head_size), format)
-    shards = ((layout.sharding("LBSKC", shape).shard_shape(shape), dtype) for shape, dtype in arrays)
-    return 2 * sum(stored_bytes(shape, dtype, "cpu") for shape, dtype in shards)
-
-
-def _cache_arrays(shape: tuple[int, ...], format: str) -> list[tuple[tuple[int, ...], str]]:
-    """(shape, dtype) of what stores the keys [L, B, S, K, C]; values take the same."""
-    dtype = CACHE.get(format, format)
-    if dtype in DTYPES:
-        return [(shape, dtype)]
-    found = parse_format(format)
-    groups = {"channel": 1, "group": -(-shape[-1] // (found.group or 1))}
-    scale = (shape[0], 1, 1, 1, 1) if found.granularity == "tensor" else (*shape[:-1], groups[found.granularity])
-    zero = [] if found.symmetric else [(scale, "int32")]
-    return [(shape, "int4" if found.bits <= 4 else "int8"), (scale, "float32"), *zero]
 
 
 PREFIXES = {

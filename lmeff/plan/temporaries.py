@@ -14,8 +14,8 @@ from lmeff.plan.phases import PIPELINED, STRAIGHT, TEACHING, Bytes
 SCRATCH = 64 * 2**20  # libtpu's `scoped_hbm_for_all_reduce`, 65,536 KiB in every program that was dumped (0.0.42.1)
 
 
-def temporary_bytes(job: Job, stage: int = 0, *, family: str | None = None) -> dict[str, int]:
-    """Bytes of temporaries on a device of that stage of the pipeline, at the step's peak, by category. All stages run one program and reserve alike.
+def temporary_bytes(job: Job, *, family: str | None = None) -> dict[str, int]:
+    """Bytes of temporaries on a device at the step's peak, by category. All stages of a pipeline run one program and reserve alike.
 
     family: of TPUs (`lmeff.parallel.devices.FAMILIES`), whose chips keep so much of a block in their vector memory; None counts on none.
     """

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmeff.parallel.stages import layer_table
+from lmeff.parallel.stages import slice_layers
 from lmeff.parallel.tables import B, F, Schedule, W
 from lmeff.plan.job import Job
 
@@ -29,7 +29,7 @@ def schedule_seconds(job: Job, passes: Passes) -> float:
 
 def table_seconds(schedule: Schedule, layers: int, passes: Passes) -> float:
     """The same of a table. Stages with more layers than others, and the last one with the loss, hold up all; padding is run."""
-    longest = layer_table(schedule, layers).shape[-1]
+    longest = slice_layers(layers, schedule.slices)
     slices = schedule.microbatches * schedule.chunks  # that a stage runs, of each pass
     padded = longest * schedule.slices / layers
     last = schedule.slices - 1

@@ -3,17 +3,12 @@
 What goes between a device and its host's memory (offloaded activations, offloaded moments) is a flow, too.
 """
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-import jax
 import jax.numpy as jnp
 
-from lmeff.core.precision import parse as parse_precision
-from lmeff.core.specs import abstract
-from lmeff.models.config import ModelConfig
 from lmeff.models.remat import parse
-from lmeff.models.transformer import param_specs, sites
+from lmeff.models.transformer import sites
 from lmeff.parallel.activations import offloaded_bytes
 from lmeff.parallel.collective import RING
 from lmeff.parallel.devices import Topology
@@ -26,7 +21,7 @@ from lmeff.plan.hardware import Chip
 from lmeff.plan.job import Job
 from lmeff.plan.links import seconds
 from lmeff.plan.slices import Ways, ways
-from lmeff.train.optim import OptimConfig, make_optimizer
+from lmeff.plan.state import host_bytes
 
 HOST, COPY = "host memory", "copy"
 
@@ -38,11 +33,11 @@ def flows(job: Job, chip: Chip, topology: Topology | None = None) -> tuple[Flow,
     """
     found = ways(job.degrees, chip, topology)
     stages = sorted({0, 1, job.degrees["pipe"] - 1} & set(range(job.degrees["pipe"])))
-    sent = max((_sent(job.step(stage), found) for stage in stages), key=lambda flows: sum(f.seconds for f in flows))
+    sent = max((_sent(job.step(stage), found) for stage in stages), key=total)
     return (*sent, *host_flows(job, chip))
 
 
-def total(flows: tuple[Flow, ...]) -> float:
+def total(flows: Iterable[Flow]) -> float:
     """Seconds of all that goes between devices."""
     return sum(flow.seconds for flow in flows if flow.network != HOST)
 
@@ -71,7 +66,7 @@ def host_flows(job: Job, chip: Chip) -> Iterator[Flow]:
         moved = 2.0 * job.accumulate * _offloaded(job)
         yield Flow(COPY, (), "layer", HOST, moved, moved / each)
     if job.optim.offload:
-        moved = 2.0 * moments(job)
+        moved = 2.0 * host_bytes(job)
         yield Flow(COPY, (), "step", HOST, moved, moved / each)
 
 
@@ -83,20 +78,5 @@ def _offloaded(job: Job) -> int:
 
 def owned(job: Job, layout: Layout) -> float:
     """Parameters that lie on a device: of the optimizer's layout those that it updates."""
-    cut = job.degrees[ZERO_AXIS]
-    return sum(leaf.elements / (cut if ZERO_AXIS in leaf.axes else 1) for leaf in leaves_of(job.cfg, layout))
-
-
-def moments(job: Job) -> float:
-    """Bytes of the optimizer's state on a device."""
-    return owned(job, job.layout.of_optimizer) * _bytes_per_parameter(job.cfg, job.optim, job.precision)
-
-
-@functools.lru_cache(maxsize=256)
-def _bytes_per_parameter(cfg: ModelConfig, optim: OptimConfig, precision: str) -> float:
-    """Of the optimizer's state, from its own `init` on shapes."""
-    specs, policy = param_specs(cfg), parse_precision(precision)
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, policy.params), abstract(specs))
-    tx = make_optimizer(optim, 1, policy=policy, specs=specs)
-    state = jax.eval_shape(tx.init, (params, {}))
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / sum(x.size for x in jax.tree.leaves(params))
+    parts = job.degrees[ZERO_AXIS]
+    return sum(leaf.part(parts) for leaf in leaves_of(job.cfg, layout))

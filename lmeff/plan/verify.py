@@ -28,6 +28,7 @@ from lmeff.plan.job import Job
 from lmeff.plan.program import compiled
 from lmeff.plan.state import CATEGORIES, OTHER, category_of, host_bytes, state_bytes
 from lmeff.plan.temporaries import reported_bytes
+from lmeff.report import words
 
 NEEDED = re.compile(
     r"Used ([\d.]+\w) of ([\d.]+\w) hbm|temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)"
@@ -105,6 +106,7 @@ class Verification(NamedTuple):
                 "arguments": self.arguments,
                 "seconds": round(self.seconds, 1),
                 "collective_bytes": self.collectives,
+                "collectives_of_unknown_count": self.unknown,
                 "difference": {row.name: round(row.difference, 4) for row in self.rows},
             }
         }
@@ -186,7 +188,7 @@ def refusal(message: str, where: str, predicted: Memory) -> str:
     allocation = f"; the compiler's largest allocation is {largest[1]} ({largest[2] or largest[3]})" if largest else ""
     return (
         f"{where}: the step needs {needed} of a device's {capacity}, expected it to fit. The largest part, as predicted, is '{category}' with "
-        f"{size / 2**30:.2f} GiB{allocation}. {REMEDIES.get(category, ACTIVATIONS)}"
+        f"{words.size(size)}{allocation}. {REMEDIES.get(category, ACTIVATIONS)}"
     )
 
 

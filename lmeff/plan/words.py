@@ -1,5 +1,6 @@
 """Why, in words: every sentence is computed from the numbers of a plan, and is left out where there is nothing to say."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 
 from lmeff.parallel.devices import Topology
 from lmeff.parallel.mesh import BATCH_AXES, ZERO_AXIS
-from lmeff.parallel.schedules import SCHEDULES, size_of
+from lmeff.parallel.schedules import SCHEDULES
 from lmeff.plan.estimate import Estimate, Flow, Memory
 from lmeff.plan.hardware import Chip
 from lmeff.plan.job import Job
@@ -134,10 +135,7 @@ def rows(found: Estimate, chip: Chip, topology: Topology | None = None) -> Itera
 
 def tokens_of_group(job: Job) -> float:
     """Tokens of a step that one whole copy of the weights multiplies: of devices that are no different parts of the model."""
-    degrees = job.degrees
-    groups = degrees["context"]
-    for axis in BATCH_AXES:
-        groups *= degrees[axis]
+    groups = math.prod(job.degrees[axis] for axis in (*BATCH_AXES, "context"))
     return job.rows * job.tokens / groups
 
 
@@ -202,7 +200,7 @@ def context(job: Job, chip: Chip, topology: Topology | None = None) -> Iterator[
 def bubble(job: Job) -> tuple[str, float]:
     """The idle share of a pipeline's ticks, as a formula and a number; whatever lies between its ticks (`simulate` counts the same)."""
     stages, count = job.degrees["pipe"], job.accumulate
-    chunks = size_of(job.mesh.schedule, stages, count, job.mesh.chunks).chunks
+    chunks = 1 if job.pipeline is None else job.pipeline.chunks
     passes = 3 if job.mesh.schedule in SPLIT else 1
     formula = f"(p-1)/({'3' * (passes == 3)}{'v' * (chunks > 1)}m+p-1)"
     return formula, (stages - 1) / (passes * chunks * count + stages - 1)

@@ -9,8 +9,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from lmeff.models.cost import active_parameters
-from lmeff.parallel.schedules import resolve
-from lmeff.parallel.stages import layer_table
+from lmeff.parallel.stages import slice_layers
 from lmeff.plan.count import filled, sites
 from lmeff.plan.estimate import Site, Work
 from lmeff.plan.job import Job, Shape
@@ -94,22 +93,17 @@ def _backward_of_attention(job: Job, local: tuple[int, int, int, int]) -> float:
 def _teacher(job: Job, found: tuple[Site, ...]) -> float:
     """A forward pass. In a pipeline that keeps inputs, the last slice of the teacher runs again before the loss."""
     once = _flops(found, lambda site: bool(site.equation)) + _attention(found)
-    if job.degrees["pipe"] == 1 or job.mesh.stash != "input" or not found:
+    if job.pipeline is None or job.mesh.stash != "input" or not found:
         return once
-    layers = _flops(found, _is_in_layer) + _attention(found)
-    return once + layers / (job.degrees["pipe"] * _chunks(job))
-
-
-def _chunks(job: Job) -> int:
-    return resolve(job.mesh.schedule, job.degrees["pipe"], job.accumulate, job.mesh.chunks).chunks
+    return once + (_flops(found, _is_in_layer) + _attention(found)) / job.pipeline.slices
 
 
 def _padding(job: Job, shape: Shape) -> float:
     """How many layers a pipeline runs that are none, over those that are: slices are equally long, so the shorter ones are filled up."""
-    if job.degrees["pipe"] == 1:
+    if job.pipeline is None:
         return 0.0
-    schedule = resolve(job.mesh.schedule, job.degrees["pipe"], job.accumulate, job.mesh.chunks)
-    return layer_table(schedule, shape.cfg.layers).size / shape.cfg.layers - 1
+    slices, layers = job.pipeline.slices, shape.cfg.layers
+    return slices * slice_layers(layers, slices) / layers - 1
 
 
 def _compression(job: Job, student: tuple[Site, ...], teacher: tuple[Site, ...], *, rerun: bool) -> float:

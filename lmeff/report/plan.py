@@ -1,11 +1,9 @@
 """A plan as one HTML file that needs nothing else, in the dress of a run's report. It is made of the JSON that `lmeff plan --json` prints."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from lmeff.core.files import write_text
-from lmeff.report import plan_words, words
+from lmeff.report import plan_options, plan_words, words
 from lmeff.report.html import pipeline, template
 from lmeff.report.roofline import roofline_plot
 
@@ -13,13 +11,8 @@ Json = Mapping[str, Any]
 COLORED = 7  # categories with a colour of their own; the smaller ones share the eighth
 
 
-def write_plan(answer: Json, path: Path) -> None:
-    """Writes the page, complete or not at all. The same answer gives the same bytes."""
-    write_text(path, render_plan(answer))
-
-
 def render_plan(answer: Json) -> str:
-    """The page as text: the chosen stage in full, and a line for every stage where there are several."""
+    """The page as text: the chosen stage in full, and a line for every stage where there are several. The same answer gives the same bytes."""
     stages = answer.get("stages") or [answer]
     plan = next(stage for stage in stages if stage["stage"] == answer["stage"])
     schedule = plan["schedule"] or {"name": "", "table": ""}
@@ -33,7 +26,7 @@ def render_plan(answer: Json) -> str:
         facts=_facts(plan),
         memory=memory_bars(plan),
         compiled=plan.get("compiled") or {},
-        room=plan_words.roomy(plan) if plan.get("room") else [],
+        room=plan_options.roomy(plan) if plan.get("room") else [],
         compared=[_compared(*row) for row in plan_words.compared(plan)],
         compared_collectives=plan_words.compared_collectives(plan),
         otherwise=plan_words.OTHERWISE if plan["chip"] != "cpu" else "",
@@ -52,7 +45,7 @@ def render_plan(answer: Json) -> str:
         size=words.size,
         brief=words.brief,
         number=words.number,
-        amount=plan_words.amount,
+        amount=words.amount,
         shape=lambda shape: " × ".join(map(str, shape)) or "scalar",
     )
 
@@ -89,23 +82,23 @@ def _search(found: Json | None) -> dict[str, Any] | None:
     if not found:
         return None
     return {
-        "rows": [(plan_words.searched_row({**row, "names": ()}), row) for row in found["plans"]],
+        "rows": [(plan_options.searched_row({**row, "names": ()}), row) for row in found["plans"]],
         "reasons": found["reasons"],
-        "refused": plan_words.refusals(found),
+        "refused": plan_options.refusals(found),
     }
 
 
 def _budget(found: Json | None) -> dict[str, Any] | None:
     if not found:
         return None
-    rows = [(plan_words.option_row(option), option["because"]) for option in found["options"]]
-    return {"target": plan_words.target(found), "rows": rows}
+    rows = [(plan_options.option_row(option), option["because"]) for option in found["options"]]
+    return {"target": plan_options.target(found), "rows": rows}
 
 
 def _serving(found: Json | None) -> dict[str, Any] | None:
     if not found:
         return None
-    return {"told": plan_words.served(found), "rows": plan_words.served_rows(found)}
+    return {"told": plan_options.served(found), "rows": plan_options.served_rows(found)}
 
 
 def _compared(name: str, ours: float, theirs: float, error: float | None) -> tuple[str, str, str, str]:

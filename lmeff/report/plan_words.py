@@ -1,10 +1,9 @@
 """A plan in sentences, and what its numbers count: the terminal and the page tell the same from the same JSON (`lmeff plan --json`)."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lmeff.report import words
+from lmeff.report import plan_options, words
 
 Json = Mapping[str, Any]
 
@@ -25,7 +24,6 @@ FLOPS: dict[str, str] = {
     "effective": "causal, without the products of pruned weights",
     "six_nd": "6 x active parameters x tokens (Kaplan et al. 2020)",
 }
-CACHES = ("bfloat16", "int8")  # the JSON has more
 # Why kinds of collectives differ from the prediction where their sum does not.
 OTHERWISE = "A TPU's compiler may send the same otherwise: a gather or scatter around a product becomes permutes, a scatter a sum of which parts are kept."
 TOTALS = ("hardware", "model_full", "model_causal", "effective", "six_nd")
@@ -73,7 +71,7 @@ def refusal(plan: Json, remedies: Mapping[str, str], otherwise: str) -> str:
     remedies: by the category that takes most; `otherwise` for the others.
     """
     if plan.get("budget") and not plan["budget"]["options"]:
-        return f"no compression that is known here meets {target(plan['budget'])}"
+        return f"no compression that is known here meets {plan_options.target(plan['budget'])}"
     if plan.get("search"):
         return plan["search"]["reasons"][-1]
     if reason := (plan.get("compiled") or {}).get("refusal"):
@@ -111,7 +109,7 @@ def speed(plan: Json) -> str:
     low, high = (_rate(plan, key) for key in ("high", "low"))
     use = plan["utilization"]
     return (
-        f"{amount(low)} to {amount(high)} tokens/s, perhaps {amount(plan['tokens_per_second'])}: "
+        f"{words.amount(low)} to {words.amount(high)} tokens/s, perhaps {words.amount(plan['tokens_per_second'])}: "
         f"MFU {use['mfu_full']:.0%} with attention counted full, {use['mfu_causal']:.0%} causal; HFU {use['hfu']:.0%}"
     )
 
@@ -127,7 +125,7 @@ def cost(plan: Json) -> str:
     wall = job["steps"] * plan["step_seconds"]["middle"]
     return (
         f"{words.plural(job['steps'], 'step')}, {words.count(job['steps'] * plan['tokens_per_step'])} tokens: {words.seconds(wall)}, "
-        f"{amount(energy['chip_hours'])} chip-hours, {watt_hours(energy['kwh'])}"
+        f"{words.amount(energy['chip_hours'])} chip-hours, {watt_hours(energy['kwh'])}"
     )
 
 
@@ -168,10 +166,8 @@ def compared(plan: Json) -> list[tuple[str, float, float, float | None]]:
         ours, theirs = predicted[key], found[key]
         rows.append((name, ours, theirs, ours / theirs - 1 if theirs else None))
     if compiled.get("peak_bytes") and plan["chip"] != "cpu":  # a CPU's leaves temporaries out
-        peak = compiled["peak_bytes"]
-        rows.append(
-            ("live at the peak", memory["total"], peak, memory["total"] / peak - 1)
-        )  # and no hole counted twice
+        peak, total = compiled["peak_bytes"], memory["total"]  # with no hole counted twice
+        rows.append(("live at the peak", total, peak, total / peak - 1))
     return rows
 
 
@@ -196,60 +192,10 @@ def energy(plan: Json) -> str:
     return f"energy: {watt_hours(found['kwh'])} for the whole run{most}"
 
 
-def amount(value: float) -> str:
-    """`1190000` as `1.19 M`, small ones in three digits."""
-    return words.count(value) if value >= 1000 else words.number(value)
-
-
 def watt_hours(kwh: float) -> str:
     """Energy with the unit that suits it: `298180` kWh as `298 MWh`."""
-    text = amount(1000 * kwh)
+    text = words.amount(1000 * kwh)
     return f"{text}Wh" if text[-1:].isalpha() else f"{text} Wh"
-
-
-def searched_row(row: Json) -> tuple[str, ...]:
-    """A plan in cells: what it is, seconds of a step, tokens a second, MFU, bytes on the fullest device."""
-    names = f" [{', '.join(row['names'])}]" if row["names"] else ""
-    return (
-        f"{row['words']}{names}",
-        words.brief(row["step_seconds"]["middle"]),
-        amount(row["tokens_per_second"]),
-        f"{row['mfu_full']:.0%}",
-        f"{words.size(row['bytes'])}{'' if row['fits'] else ' (no)'}",
-    )
-
-
-def refusals(found: Json) -> list[str]:
-    """Why plans cannot train, the most frequent reason first; an example for each."""
-    kinds = sorted(found["refused"].values(), key=lambda refused: -refused["count"])
-    return [f"{refused['count']:,} cannot train, such as: {refused['example']}" for refused in kinds]
-
-
-def served(found: Json) -> str:
-    """What is served, on what."""
-    devices = words.plural(found["devices"], "device")
-    return f"serving: {devices} a replica, contexts of {found['context']} tokens, at full rates; integers are the weights' alone but in W8A8"
-
-
-def served_rows(found: Json) -> list[tuple[str, ...]]:
-    """Rows of the table, for keys and values in the formats of `CACHES`.
-
-    Formats, batch, bytes on a device, time of a token and what binds it, time of a prompt, tokens a second of a chip.
-    """
-    return [
-        (
-            f"{row['weights']}{' (W8A8)' if row['arithmetic'] == 'int8' else ''}",
-            row["cache"],
-            str(row["batch"]),
-            f"{words.size(row['weight_bytes'] + row['cache_bytes'])}{'' if row['fits'] else ' (no)'}",
-            words.brief(row["decode"]["seconds"]),
-            row["decode"]["bound"],
-            words.brief(row["prefill"]["seconds"]),
-            amount(row["tokens_per_second"]),
-        )
-        for row in found["rows"]
-        if row["cache"] in CACHES
-    ]
 
 
 def sized(plan: Json) -> str:
@@ -260,58 +206,3 @@ def sized(plan: Json) -> str:
         for law, best in found["compute_optimal"].items()
     )
     return f"the run sees {words.number(found['tokens_per_parameter'])} tokens a parameter; as many FLOPs train from random weights best: {others}"
-
-
-def roomy(plan: Json) -> list[str]:
-    """The largest batch and context that fit, and what the next would take."""
-    found, job = plan["room"], plan["job"]
-    return [
-        _largest(
-            found["rows"],
-            "rows",
-            f"of {job['tokens']} tokens",
-            found["row_step"],
-            found["rows_bytes"],
-            found["more_rows_bytes"],
-        ),
-        _largest(
-            found["tokens"],
-            "tokens a row",
-            f"in {job['rows']} rows",
-            found["token_step"],
-            found["tokens_bytes"],
-            found["more_tokens_bytes"],
-        ),
-    ]
-
-
-def _largest(count: int, what: str, beside: str, step: int, used: float, more: float) -> str:
-    if not more:
-        told = f"room for {count:,}" if count else "no room for"
-        return f"{told} {what} {beside}: {count + step:,} are more than the budget of train.remat keeps the inputs of layers of"
-    if not count:
-        return f"not even {step:,} {what} {beside} fit: they need {words.size(more)}"
-    return f"room for {count:,} {what} {beside}: {words.size(used)} on the fullest device; {count + step:,} would need {words.size(more)}"
-
-
-def target(found: Json) -> str:
-    """What compressions were asked to meet."""
-    most = [words.size(found["bytes"])] if found["bytes"] else []
-    return " and ".join(most + ([f"{words.number(found['ms'])} ms a token"] if found["ms"] else []))
-
-
-def option_row(option: Json) -> tuple[str, ...]:
-    """A compression in cells: the config of its stage, stored bytes, bits a parameter of the original, time of a token, expected damage."""
-    cache = "" if option["cache"] == "bfloat16" else f" with keys and values in {option['cache']}"
-    return (
-        f"{option['code']}{cache}",
-        words.size(option["stored_bytes"]),
-        words.number(option["bits"]),
-        words.brief(option["decode_ms"] / 1000),
-        f"{option['nats']:+.3f}",
-    )
-
-
-def because(option: Json) -> str:
-    """What the order of a compression is made of, without the sources, which the page and the JSON have."""
-    return f"{option['rank']}: {re.sub(r' [(][^()]*[)]', '', option['because'])}"

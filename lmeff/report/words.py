@@ -52,6 +52,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{max(digits - 1 - power, 0)}f}"
 
 
+def amount(value: float) -> str:
+    """`1190000` as `1.19 M`, small ones in three digits."""
+    return count(value) if value >= 1000 else number(value)
+
+
 def loss(value: float) -> str:
     """Nats per token, to 4 digits after the point; says so where a run diverged."""
     return f"{value:.4f}" if math.isfinite(value) else "not finite"

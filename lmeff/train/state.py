@@ -8,7 +8,6 @@ import optax
 
 from lmeff.compress.base import Compression, State
 from lmeff.core.batch import Batch
-from lmeff.core.specs import abstract
 from lmeff.core.tree import Tree
 from lmeff.models.remat import HOST
 from lmeff.parallel.activations import refuse_without_host_memory
@@ -91,21 +90,6 @@ def state_shardings(state: TrainState, specs: Tree, layout: Layout, *, offload: 
 def on_host(tree: Any, places: Any) -> Any:
     """Shardings with every array moved to the host's memory; scalars (counters) stay on the device."""
     return jax.tree.map(lambda x, place: place.with_memory_kind(HOST) if x.ndim else place, tree, places)
-
-
-def abstract_state(
-    specs: Tree,
-    compression: Compression,
-    tx: optax.GradientTransformation,
-    layout: Layout,
-    *,
-    dtype: Any = jnp.float32,
-    ema: bool = False,
-    offload: bool = False,
-) -> TrainState:
-    """The state as shapes with shardings, to compile a step for devices that are not here; nothing is allocated."""
-    made = jax.eval_shape(lambda p: build_state(p, specs, compression, tx, ema=ema), abstract(specs, dtype))
-    return placed(made, state_shardings(made, specs, layout, offload=offload))
 
 
 def abstract_batch(rows: int, tokens: int, layout: Layout) -> Batch:

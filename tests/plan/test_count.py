@@ -17,12 +17,13 @@ from lmeff.core.specs import abstract, count
 from lmeff.core.tree import flatten
 from lmeff.models.config import PRESETS, ModelConfig, MoE, preset
 from lmeff.models.cost import flops_per_token
-from lmeff.models.transformer import block, forward, normalize, param_specs, project, sites
+from lmeff.models.transformer import forward, param_specs, sites
 from lmeff.plan.count import density, filled
 from lmeff.plan.count import sites as count_sites
 from lmeff.plan.jaxprs import product_flops, total, traced
 from lmeff.plan.job import Shape
 from lmeff.recipe.artifact import Recipe
+from tests.models.unrolled import products_only, unrolled
 
 BASE = ModelConfig(vocab=384, width=128, layers=3, heads=8, kv_heads=8, ffn=320)
 CFGS = {
@@ -91,24 +92,6 @@ def test_reports_count_no_empty_slots():
     useful = sum(site.flops * site.visible * filled(cfg, site.name, TOKENS) for site in found)
     assert filled(cfg, "moe.up", TOKENS) == 0.8
     assert useful / TOKENS == pytest.approx(flops_per_token(cfg, TOKENS), rel=1e-9)
-
-
-def products_only(q, k, v, segments, *, window, softcap):
-    """The two products of attention over all keys, without a softmax."""
-    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    return jnp.einsum("BHTS,BSHC->BTHC", jnp.einsum("BTHC,BSHC->BHTS", q, k), v)
-
-
-def unrolled(cfg, params, tokens):
-    """Logits, layer after layer without a loop."""
-    ops = make_ops(attend=products_only)({}).ops
-    ids = jnp.ones_like(tokens)
-    x = params["embed"]["table"][tokens]
-    for layer in range(cfg.layers):
-        p = jax.tree.map(lambda w, layer=layer: w[layer], params["blocks"])
-        x = block(x, p, Batch(tokens, tokens, ids, ids, ids), cfg, ops)
-    head = params["embed"]["table"] if cfg.tied else params["head"]["w"]
-    return project(normalize(x, params["final_norm"], cfg), head, cfg, ops)
 
 
 LARGE = ModelConfig(vocab=1024, width=512, layers=2, heads=4, kv_heads=2, ffn=1024, tied=False)

@@ -5,7 +5,8 @@ import importlib
 
 import pytest
 
-MODULES = ("lmeff.core.numerics", "lmeff.plan.bytes", "lmeff.plan.flops", "lmeff.plan.sizing")
+PLAN = ("bytes", "flops", "limits", "serving", "sizing", "storage")
+MODULES = ("lmeff.core.numerics", *(f"lmeff.plan.{name}" for name in PLAN))
 
 
 @pytest.mark.parametrize("name", MODULES)

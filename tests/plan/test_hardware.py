@@ -12,6 +12,7 @@ from lmeff.parallel.devices import FAMILIES, topology
 from lmeff.plan import hardware
 from lmeff.plan.hardware import CHIPS, FORMATS, chip
 from lmeff.plan.limits import alpha
+from tests.tpu.programs import needs_libtpu
 
 # Scaling Book, FLOPs a byte over ICI, and over HBM.
 INTENSITIES = {"v4": (3056, 229), "v5e": (2189, 241), "v5p": (2550, 166), "v6e": (5100, 560)}
@@ -75,19 +76,31 @@ def test_a_format_without_its_own_units_runs_as_bfloat16():
 def test_the_cpu_is_measured_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     found = chip("cpu")
-    assert (tmp_path / "lmeff/cpu.json").exists()
+    (cached,) = (tmp_path / "lmeff").iterdir()
     assert 1e9 < found.rate("float32") < 1e14
     assert 1e8 < found.bandwidth < 1e13
     assert found.chips(8) == 1
     monkeypatch.setattr(hardware, "measure_cpu", None)  # a second measurement would call it
     assert chip("cpu") == found
-    (tmp_path / "lmeff/cpu.json").write_text("{}")
+    cached.write_text("{}")
     monkeypatch.setattr(hardware, "measure_cpu", lambda: dataclasses.replace(found, power=1.0))
     assert chip("cpu").power == 1.0
+    monkeypatch.setattr(hardware, "measure_cpu", lambda: dataclasses.replace(found, power=2.0))
+    assert chip("cpu").power == 1.0
+    monkeypatch.setattr("os.cpu_count", lambda: 10_000)  # another machine on the same home
+    assert chip("cpu").power == 2.0
+
+
+def test_a_home_that_cannot_be_written_keeps_nothing(tmp_path, monkeypatch):
+    (tmp_path / "lmeff").write_text("a file where the folder would be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(hardware, "measure_cpu", lambda: CHIPS["v4"])
+    assert chip("cpu") == CHIPS["v4"]
 
 
 @pytest.mark.tpu_aot
 @pytest.mark.slow
+@needs_libtpu
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_usable_memory_is_what_libtpu_says(name):
     """A program of 1.6 TB names the memory that there is."""

@@ -1,17 +1,10 @@
 """The Scaling Book's bounds, at its published numbers (https://jax-ml.github.io/scaling-book/training, /inference)."""
 
-import doctest
-
 import pytest
 
 from lmeff.plan import limits
 from lmeff.plan.hardware import chip
 from lmeff.plan.links import Side, Torus
-
-
-def test_examples_hold():
-    found = doctest.testmod(limits)
-    assert (found.failed, found.attempted) == (0, 7)
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("v4", 44e3), ("v5e", 63e3), ("v5p", 73.4e3), ("v6e", 294e3)])
@@ -40,7 +33,6 @@ def test_critical_batch_of_v5e(weights, arithmetic, published):
     """The book has 243 for the last, from a bandwidth that it rounds to 0.81 TB/s."""
     found = limits.critical_batch(chip("v5e"), weights=weights, arithmetic=arithmetic)
     assert found == pytest.approx(published, rel=0.01)
-    assert pytest.approx(243, rel=0.01) == 3.94e14 * 8 / 16 / 8.1e11
 
 
 @pytest.mark.parametrize("axes", [1, 3])
@@ -67,9 +59,3 @@ def test_the_mixed_limit_is_where_its_best_share_meets_both():
     computed = 4 * tokens * width * ffn / devices / found.rate("bfloat16")
     assert sent == pytest.approx(both / 2)
     assert both == pytest.approx(computed, rel=1e-6)
-
-
-def test_a_row_for_every_chip():
-    rows = limits.table(("v5e", "v5p", "h100"))
-    assert [row["chip"] for row in rows] == ["v5e", "v5p", "h100"]
-    assert rows[2]["FLOPs a byte"] == pytest.approx(2198, rel=0.01)

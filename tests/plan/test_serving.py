@@ -31,6 +31,22 @@ def test_llama_2_13b_caches_6_7_gigabytes_for_a_row_of_8192():
     assert cache_bytes(dataclasses.replace(cfg, window=1024), "bfloat16", 1, 8192) == pytest.approx(6.7e9 / 8, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("cache", "bits"),
+    [
+        ("float32", 32),
+        ("int8", 8 + 32 / 64),
+        ("int4", 4 + 32 / 64),
+        ("int4/g48", 4 + 64 / 64),
+        ("int4-affine/g16", 4 + 64 / 16),
+    ],
+)
+def test_a_cache_has_its_scales_and_zero_points(cache, bits):
+    cfg = ModelConfig(vocab=96, width=64, layers=4, heads=8, kv_heads=4, head_width=64, ffn=128)
+    assert cache_bytes(cfg, cache, 8, 100) == 2 * 4 * 8 * 100 * 4 * 64 * bits / 8
+    assert cache_bytes(cfg, "int8/tensor", 8, 100) == 2 * 4 * (8 * 100 * 4 * 64 + 4)
+
+
 def test_a_token_takes_as_long_as_its_bytes():
     found = serving(EIGHT, H100, context=1024)
     read = 2 * (BLOCKS + HEAD + NORMS) + cache_bytes(EIGHT, "bfloat16", 1, 1024)

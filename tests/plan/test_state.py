@@ -1,7 +1,6 @@
 """Bytes of what a step is given, against the arguments of compiled programs."""
 
 import dataclasses
-import doctest
 
 import jax
 import numpy as np
@@ -15,11 +14,10 @@ from lmeff.distill.objectives import Distill
 from lmeff.models.config import ModelConfig, MoE, preset
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.compressed import Reduce
-from lmeff.parallel.mesh import MeshPlan, make_layout, plan_layout
-from lmeff.plan import state, storage
+from lmeff.parallel.mesh import MeshPlan, make_layout
 from lmeff.plan.job import Job, Shape
 from lmeff.plan.program import arguments, compiled, runtime
-from lmeff.plan.state import CATEGORIES, cache_bytes, host_bytes, state_bytes
+from lmeff.plan.state import CATEGORIES, host_bytes, state_bytes
 from lmeff.recipe.artifact import Recipe
 from lmeff.train.local_updates import LocalUpdates
 from lmeff.train.optim import OptimConfig
@@ -175,28 +173,6 @@ def test_every_stage_holds_as_much_and_there_is_no_other():
         state_bytes(wanted, 2)
 
 
-@pytest.mark.parametrize(
-    ("format", "bits"),
-    [("f32", 32), ("bf16", 16), ("int8", 8 + 32 / 64), ("int4", 4 + 32 / 64), ("int4-affine/g16", 4 + 64 / 16)],
-)
-def test_the_cache(format, bits):
-    cfg = dataclasses.replace(CFG, head_width=64)
-    numbers = 2 * cfg.layers * 8 * 100 * cfg.kv_heads * cfg.head_size
-    assert cache_bytes(cfg, 8, 100, format, plan_layout(MeshPlan(), 1)) == numbers * bits / 8
-    assert cache_bytes(cfg, 8, 100, format, plan_layout(MeshPlan(tensor=4, pipe=2), 8)) == numbers * bits / 64
-    # Four heads of keys over eight devices lie whole; rows are cut.
-    assert cache_bytes(cfg, 8, 100, format, plan_layout(MeshPlan(data=2, tensor=8), 16)) == numbers * bits / 16
-    windowed = dataclasses.replace(cfg, window=25)
-    assert cache_bytes(windowed, 8, 100, format, plan_layout(MeshPlan(), 1)) == numbers * bits / 32
-
-
-def test_a_scale_a_layer():
-    cache = cache_bytes(CFG, 8, 100, "int8/tensor", plan_layout(MeshPlan(), 1))
-    assert cache == 2 * CFG.layers * (8 * 100 * CFG.kv_heads * CFG.head_size + 4)
-    with pytest.raises(ConfigError, match="quantization format"):
-        cache_bytes(CFG, 1, 1, "int9", plan_layout(MeshPlan(), 1))
-
-
 def test_another_mesh_traces_nothing_anew(monkeypatch):
     llama = job(preset("llama3_70b"), mesh=MeshPlan(fsdp=64), devices=64, rows=64)
     whole = state_bytes(llama)
@@ -207,10 +183,3 @@ def test_another_mesh_traces_nothing_anew(monkeypatch):
     monkeypatch.setattr("lmeff.plan.state.build_state", refuse)
     halves = state_bytes(llama.changed(mesh=MeshPlan(fsdp=128), devices=128, rows=128))
     assert halves["parameters"] * 2 == whole["parameters"]
-
-
-def test_the_numbers_in_the_docstrings():
-    for module in (state, storage):
-        found = doctest.testmod(module)
-        assert found.attempted
-        assert not found.failed

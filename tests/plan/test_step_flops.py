@@ -3,25 +3,19 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from lmeff.compress.config import Prune, Quantize
-from lmeff.core.batch import Batch
 from lmeff.core.numerics import parse_format
 from lmeff.core.ops import Numerics
-from lmeff.core.specs import abstract
-from lmeff.distill.objectives import Distill, Projection, head_objective
+from lmeff.distill.objectives import Distill
 from lmeff.models.attention import BLOCK
 from lmeff.models.config import ModelConfig, MoE
-from lmeff.models.transformer import param_specs
 from lmeff.plan.jaxprs import product_flops, total, traced
 from lmeff.plan.job import Job, Shape
+from lmeff.plan.program import arguments, runtime
 from lmeff.plan.work import work
 from lmeff.recipe.artifact import Recipe
-from lmeff.train.optim import make_optimizer
-from lmeff.train.runtime import Frozen, Model, Runtime
-from lmeff.train.state import abstract_state
 from lmeff.train.step import make_train_step
 
 CFG = ModelConfig(vocab=192, width=64, layers=3, heads=4, kv_heads=2, ffn=160, tied=False)
@@ -48,29 +42,8 @@ JOBS = {
 
 def step_flops(job):
     """Of the products in the traced step, on shapes."""
-    cfg, recipe, layout, policy = job.cfg, job.student.recipe, job.layout, job.policy
-    specs = param_specs(cfg)
-    tx = make_optimizer(job.optim, job.steps, policy=policy, specs=specs)
-    taught = job.teacher is not None
-    rt = Runtime(
-        student=Model(cfg, recipe.numerics, recipe.compression.apply),
-        teacher=Model(job.teacher.cfg) if taught else None,
-        specs=specs,
-        compression=recipe.compression,
-        objective=head_objective(Projection(cfg), Projection(job.teacher.cfg) if taught else None, job.distill),
-        tx=tx,
-        layout=layout,
-        policy=policy,
-        accumulate=job.accumulate,
-        remat=job.remat,
-    )
-    state = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), abstract_state(specs, recipe.compression, tx, layout)
-    )
-    ids = jax.ShapeDtypeStruct((job.rows, job.tokens), jnp.int32)
-    batch = Batch(ids, ids, ids, ids, jax.ShapeDtypeStruct(ids.shape, jnp.float32))
-    frozen = Frozen(teacher=abstract(param_specs(job.teacher.cfg)) if taught else None)
-    return total(traced(make_train_step(rt), state, batch, frozen), product_flops())
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments(job, job.layout))
+    return total(traced(make_train_step(runtime(job, job.layout)), *given), product_flops())
 
 
 @pytest.mark.parametrize("fields", JOBS.values(), ids=JOBS)

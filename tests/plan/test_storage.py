@@ -1,6 +1,5 @@
 """Stored sizes against the arguments of a program that is compiled for a TPU."""
 
-import importlib.util
 import math
 
 import jax
@@ -10,6 +9,7 @@ import pytest
 from lmeff.parallel.devices import topology
 from lmeff.parallel.mesh import MeshPlan, make_layout
 from lmeff.plan.storage import bits_of, stored_bytes
+from tests.tpu.programs import needs_libtpu
 
 SHAPES = [
     (),
@@ -67,9 +67,7 @@ def test_tiles(shape, dtype, stored):
 
 @pytest.mark.tpu_aot
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'lmeff[tpu]'"
-)
+@needs_libtpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 def test_tiles_are_those_of_the_compiler(dtype):
     place = make_layout(MeshPlan(), topology("v5e:2x2")[:1]).replicated

@@ -13,9 +13,11 @@ from lmeff.parallel.volume import volume
 from lmeff.plan.hardware import chip
 from lmeff.plan.links import DCN_HOP, ICI_HOP, Side, Torus, seconds
 from lmeff.plan.slices import default_topology, ways
-from lmeff.plan.traffic import HOST, flows, host_flows, moments, total
+from lmeff.plan.state import host_bytes
+from lmeff.plan.traffic import HOST, flows, host_flows, total
 from lmeff.train.optim import OptimConfig
 from tests.plan.llama import SMALL, job_of
+from tests.tpu.programs import needs_libtpu
 
 GB = 1e9
 RING = Torus((Side(16, 45 * GB, True),))
@@ -180,8 +182,8 @@ def test_offloaded_moments_go_to_the_host_and_back():
     away = job.changed(optim=OptimConfig(offload=True))
     (copy,) = [flow for flow in flows(away, chip("v5e")) if flow.network == HOST]
     parameters = 1_235_814_400  # of Llama 3.2 1B
-    assert moments(away) == pytest.approx(8 * parameters / 16, rel=1e-3)
-    assert copy.bytes == pytest.approx(2 * moments(away))
+    assert host_bytes(away) == pytest.approx(8 * parameters / 16, rel=1e-3)
+    assert copy.bytes == pytest.approx(2 * host_bytes(away))
     assert copy.seconds == pytest.approx(copy.bytes / 15e9)
     assert not [flow for flow in flows(job, chip("v5e")) if flow.network == HOST]
 
@@ -206,6 +208,7 @@ PLACES = {
 
 @pytest.mark.tpu_aot
 @pytest.mark.slow
+@needs_libtpu
 @pytest.mark.parametrize("name", PLACES)
 def test_axes_lie_where_jax_puts_them(name):
     """Along every axis of the mesh that JAX makes: how many devices differ in each coordinate, and by how much."""

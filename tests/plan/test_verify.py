@@ -1,6 +1,5 @@
 """Steps compiled for every stage of a config, and for TPU topologies, beside what is predicted of them."""
 
-import importlib.util
 from pathlib import Path
 
 import jax
@@ -17,6 +16,7 @@ from lmeff.plan.job import Job, Shape, jobs
 from lmeff.plan.state import host_bytes, state_bytes
 from lmeff.plan.verify import refusal, verify
 from lmeff.train.optim import OptimConfig
+from tests.tpu.programs import needs_libtpu
 
 QUICKSTART = jobs(load_experiment(Path(__file__).parents[2] / "configs/quickstart.py"), 8, "cpu")
 MIXED = "params=float32,compute=bfloat16,output=bfloat16,state=float32"
@@ -60,7 +60,8 @@ def test_a_step_on_two_devices(found):
     assert found.alias >= 4 * 2 * weights  # the state is donated
     assert found.collectives["all-reduce"]["data"] == pytest.approx(2 / 2 * 4 * weights, rel=0.01)
     assert found.unknown == 0
-    assert found.to_json()["compiled"]["total_bytes"] == found.total
+    told = found._replace(unknown=3).to_json()["compiled"]
+    assert (told["total_bytes"], told["collectives_of_unknown_count"]) == (found.total, 3)
 
 
 def test_a_prediction_is_laid_beside(found):
@@ -110,9 +111,6 @@ def test_every_stage_that_trains_compiles(job):
     assert found.collectives
 
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'lmeff[tpu]'"
-)
 NARROW = ModelConfig(vocab=2048, width=256, layers=2, heads=4, kv_heads=4, ffn=512, tied=False)
 ON_TPU = Job(
     name="step",

@@ -309,14 +309,6 @@ def test_nothing_fits():
     assert none == "no plan can train; K = 8 over tensor = 16"
 
 
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [(12.345, "12.3 s"), (0.0456, "45.6 ms"), (7.89e-4, "789 µs"), (0, "0 s"), (1.2e6, "13 d 21 h")],
-)
-def test_times_in_three_digits(seconds, said):
-    assert words.brief(seconds) == said
-
-
 def test_gpus_have_links_of_two_kinds():
     inside = words.link(job(MeshPlan(fsdp=8, tensor=8), chip=H100), H100, ("tensor",))
     assert (inside.network, round(inside.alpha)) == ("nvlink", 2199)  # 989.4e12 / 450e9
