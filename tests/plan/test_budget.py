@@ -24,7 +24,7 @@ from lmeff.plan.compressions import CACHES, EXPECTED, code, cuts, recipes, store
 from lmeff.plan.hardware import chip
 from lmeff.plan.job import Job, Shape
 from lmeff.plan.predict import fullest
-from lmeff.report import plan_words
+from lmeff.report import plan_options
 
 V5P, V5E = chip("v5p"), chip("v5e")
 SMALL = preset("tiny")
@@ -206,6 +206,6 @@ def test_a_budget_of_activations_ends_the_search_for_room():
     assert fullest(of.changed(rows=found.rows)) == found.rows_bytes <= V5E.usable
     with pytest.raises(ConfigError, match="budget:256MiB"):
         fullest(of.changed(rows=found.rows + found.row_step))
-    told = plan_words.roomy({"room": found._asdict(), "job": {"rows": of.rows, "tokens": of.tokens}})
+    told = plan_options.roomy({"room": found._asdict(), "job": {"rows": of.rows, "tokens": of.tokens}})
     assert told[0].startswith(f"room for {found.rows:,} rows of ")
     assert told[0].endswith("are more than the budget of train.remat keeps the inputs of layers of")
