@@ -156,7 +156,9 @@ def plan(command: Plan, overrides: Sequence[str], console: Console) -> Json:
         console.print(f"page: {command.html}", highlight=False, soft_wrap=True)
     if not fits(found):
         reason = plan_words.refusal(found, REMEDIES, ACTIVATIONS)
-        raise DoesNotFit(f"stage '{chosen.name}': {reason}", answer)
+        unnamed = command.chip is None and command.topology is None
+        hint = " This is about this machine's CPU; name another chip with --chip or --topology." if unnamed else ""
+        raise DoesNotFit(f"stage '{chosen.name}': {reason}{hint}", answer)
     return answer
 
 

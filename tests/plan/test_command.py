@@ -124,7 +124,14 @@ def test_what_does_not_fit_has_its_exit_code_and_its_numbers():
     category = max((k for k in answer["bytes_per_device"] if k != "total"), key=answer["bytes_per_device"].get)
     assert f"{category} take" in answer["error"]
     assert "train.remat" in answer["error"]  # the remedy
+    assert "--chip" not in answer["error"]
     assert "Does not fit" in err
+
+
+def test_a_large_config_without_a_chip_is_told_of_the_option():
+    code, _, err = lmeff("plan", CONFIGS / "llama3_8b.py")
+    assert code == 6
+    assert "this machine's CPU; name another chip with --chip or --topology" in err
 
 
 @pytest.mark.parametrize(
