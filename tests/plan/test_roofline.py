@@ -85,7 +85,7 @@ def test_the_bounds_keep_their_order_and_better_chips_are_never_slower(job, name
     on = chip(name)
     found = time_of(job, on)
     assert 0 < found.low <= found.middle <= found.high
-    assert found.low >= max(found.parts["compute"], found.parts["network"])
+    assert found.low >= max(found.parts["compute"], found.parts["network"]) * (1 - 1e-12)  # sums in another order
     for field in ("bandwidth", "ici", "nvlink", "ib", "dcn"):
         better = time_of(job, dataclasses.replace(on, **{field: 2 * getattr(on, field)}))
         assert all(a <= b * (1 + 1e-12) for a, b in zip(better[:3], found[:3], strict=True))
