@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmeff.core.precision import parse
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.collective import volumes
 from lmeff.parallel.devices import topology
@@ -138,7 +139,7 @@ def by_use(moved):
 def test_large_volumes_are_near_what_the_formula_says(name):
     """In mixed precision, which no program for the CPU has. The compiler gathers this or that once more."""
     case, _, step = program(name)
-    some = Step(cfg=CFG, plan=case.plan, devices=16, rows=case.rows, tokens=TOKENS, remat="full", policy=MIXED)
+    some = Step(cfg=CFG, plan=case.plan, devices=16, rows=case.rows, tokens=TOKENS, remat="full", policy=parse(MIXED))
     want, got = by_use(volume(some)), by_use(volumes(collectives(step.as_text()), some.degrees))
     small = 0.02 * sum(want.values())
     rows = {key: (got.get(key, 0), want.get(key, 0)) for key in got.keys() | want.keys()}
