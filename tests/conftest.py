@@ -21,7 +21,10 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _forget_programs():
-    """Drops compiled programs after each module: for the CPU each takes thousands of memory maps, and a process has 65,530 of them."""
+def _forget_programs(request):
+    """Drops compiled programs after each module, its own caches too: for the CPU each takes thousands of memory maps, and a process has 65,530 of them."""
     yield
+    for cached in vars(request.module).values():
+        if hasattr(cached, "cache_clear") and cached.__module__ == request.module.__name__:
+            cached.cache_clear()
     jax.clear_caches()
