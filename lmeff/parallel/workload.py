@@ -125,7 +125,7 @@ class Step:
     @property
     def region(self) -> bool:
         """Whether gradients are reduced once, in a region."""
-        return self.accumulate > 1 or self.degrees[PIPE] > 1 or self.reduce is not None
+        return in_region(self.accumulate, self.degrees[PIPE], self.reduce)
 
     @property
     def nested(self) -> bool:
@@ -212,6 +212,11 @@ class Step:
         """Whether the loss cuts the vocabulary over fsdp too: the head turns from parts of D to parts of V, and rows are gathered in its place."""
         cut = self.layout.size((ZERO_AXIS, TENSOR))
         return not self.region and self.plan.zero == 3 and self.degrees[ZERO_AXIS] > 1 and self.cfg.vocab % cut == 0
+
+
+def in_region(accumulate: int, stages: int, reduce: Reduce | None) -> bool:
+    """Whether a step of so many microbatches and stages of a pipeline gathers weights and reduces gradients once, in a region (`train.step.gradients`)."""
+    return accumulate > 1 or stages > 1 or reduce is not None
 
 
 @functools.lru_cache(maxsize=1024)

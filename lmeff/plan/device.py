@@ -15,6 +15,7 @@ from lmeff.parallel.program import SlotCounts, slots
 from lmeff.parallel.schedules import is_file, resolve
 from lmeff.parallel.stages import slice_layers
 from lmeff.parallel.stash import STASHES
+from lmeff.parallel.workload import in_region
 from lmeff.plan.job import Job, Shape
 from lmeff.plan.live import Live, Saved, total
 
@@ -68,7 +69,7 @@ class Device:
     @property
     def region(self) -> bool:
         """Whether gradients are added up whole over fsdp, and reduced once."""
-        return self.job.accumulate > 1 or self.schedule is not None or self.job.reduce is not None
+        return in_region(self.job.accumulate, self.job.degrees["pipe"], self.job.reduce)
 
     @cached_property
     def student(self) -> "Part":

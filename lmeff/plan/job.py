@@ -120,7 +120,7 @@ def jobs(experiment: Experiment, devices: int, platform: str) -> list[Job]:
         if experiment.steps(stage):
             found.append(_job(experiment, stage, Shape(cfg=cfgs[stage.name], recipe=recipe), cfgs, recipes))
         recipes[stage.name] = dataclasses.replace(recipe, packed=recipe.packed or stage.export)
-    return [dataclasses.replace(job, devices=devices, platform=platform) for job in found]
+    return [job.changed(devices=devices, platform=platform) for job in found]
 
 
 def _job(

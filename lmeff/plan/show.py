@@ -61,8 +61,7 @@ def _compiled(plan: Json, console: Console) -> None:
         return
     _head(console, f"bytes on a device, predicted and compiled for {plan['compiled']['where']}")
     table = make_table(console, "what", "predicted", "compiled", "error", text_columns=("what",))
-    for name, ours, theirs, error in rows:
-        cells = (name, words.size(ours), words.size(theirs), words.DASH if error is None else words.percent(error, 1))
+    for cells in rows:
         table.add_row(*(make_cell(console, cell) for cell in cells))
     console.print(table)
     _compiled_bytes(plan, console)

@@ -56,7 +56,7 @@ class Verification(NamedTuple):
     output, alias: results, and how much of them lies where an argument lay.
     temp:        besides; on TPUs with the holes in the block of temporaries counted twice (see the module).
     reported:    what `temp` was predicted to be; less than that is reserved (`lmeff.plan.temporaries`).
-    peak:        the largest sum of live buffers; a CPU's leaves temporaries out. None where the backend does not tell it.
+    peak:        the largest sum of live buffers; None where the backend does not tell it, as a CPU's, which leaves temporaries out.
     host:        arguments and temporaries in the host's memory. code: of the program.
     seconds:     of compilation, tracing included.
     collectives: `{kind: {"axis+axis": bytes}}` that a device sends in a step, read off the program. On TPUs XLA turns gathers around a product into permutes.
@@ -85,16 +85,19 @@ class Verification(NamedTuple):
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """Each category of arguments, then arguments, temporaries and their total on the device, and what lies on the host."""
+        """Each category of arguments, then arguments, temporaries and their total on the device; what is live at the peak, with no hole counted twice; and
+        what lies on the host. Without those of which there is nothing."""
         state = sum(self.predicted.state.values())
         categories = [name for name in (*CATEGORIES, OTHER) if name in self.predicted.state or name in self.arguments]
-        return (
+        rows = (
             *(Row(name, self.predicted.state.get(name, 0), self.arguments.get(name, 0)) for name in categories),
             Row("arguments", state, self.argument),
             Row("temporaries", self.reported, self.total - self.argument),
             Row("total", state + self.reported, self.total),
-            Row("host", self.predicted.host, self.host),
+            *([] if self.peak is None else [Row("live at the peak", self.predicted.total, self.peak)]),
+            Row("in the host's memory", self.predicted.host, self.host),
         )
+        return tuple(row for row in rows if row.predicted or row.compiled)
 
     def to_json(self) -> dict[str, Any]:
         """`{"compiled": ...}`, to be laid beside what `Estimate.to_json` gives."""
@@ -107,7 +110,7 @@ class Verification(NamedTuple):
                 "seconds": round(self.seconds, 1),
                 "collective_bytes": self.collectives,
                 "collectives_of_unknown_count": self.unknown,
-                "difference": {row.name: round(row.difference, 4) for row in self.rows},
+                "compared": [{**row._asdict(), "difference": row.difference} for row in self.rows],
             }
         }
 
@@ -141,7 +144,7 @@ def verify(job: Job, where: str | Sequence[Any], predicted: Memory | None = None
         alias=memory.alias_size_in_bytes,
         temp=memory.temp_size_in_bytes,
         reported=reported_bytes(job, family=where.split(":")[0] if isinstance(where, str) else None),
-        peak=getattr(memory, "peak_memory_in_bytes", None),
+        peak=None if job.platform == "cpu" else getattr(memory, "peak_memory_in_bytes", None),
         host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         seconds=seconds,

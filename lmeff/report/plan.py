@@ -27,7 +27,7 @@ def render_plan(answer: Json) -> str:
         memory=memory_bars(plan),
         compiled=plan.get("compiled") or {},
         room=plan_options.roomy(plan) if plan.get("room") else [],
-        compared=[_compared(*row) for row in plan_words.compared(plan)],
+        compared=plan_words.compared(plan),
         compared_collectives=plan_words.compared_collectives(plan),
         otherwise=plan_words.OTHERWISE if plan["chip"] != "cpu" else "",
         parts=time_bar(plan),
@@ -99,10 +99,6 @@ def _serving(found: Json | None) -> dict[str, Any] | None:
     if not found:
         return None
     return {"told": plan_options.served(found), "rows": plan_options.served_rows(found)}
-
-
-def _compared(name: str, ours: float, theirs: float, error: float | None) -> tuple[str, str, str, str]:
-    return name, words.size(ours), words.size(theirs), words.DASH if error is None else words.percent(error, 1)
 
 
 def colors(sizes: Mapping[str, float]) -> dict[str, str]:

@@ -152,23 +152,12 @@ def binding(plan: Json) -> str:
     return f"{name.capitalize()} takes most, {words.brief(parts[name])} of {words.brief(sum(parts.values()))}"
 
 
-def compared(plan: Json) -> list[tuple[str, float, float, float | None]]:
-    """`(what, predicted, compiled, error)` where the program was compiled; the error is relative to the compiler's number."""
-    compiled = plan.get("compiled")
-    if not compiled or "total_bytes" not in compiled:
-        return []
-    memory = fullest(plan)
-    held, temporaries = sum(memory["state"].values()), compiled["reported_bytes"]
-    predicted = {"argument_bytes": held, "temp_bytes": temporaries, "total_bytes": held + temporaries}
-    found = {**compiled, "temp_bytes": compiled["total_bytes"] - compiled["argument_bytes"]}
-    rows = []
-    for key, name in (("argument_bytes", "arguments"), ("temp_bytes", "temporaries"), ("total_bytes", "total")):
-        ours, theirs = predicted[key], found[key]
-        rows.append((name, ours, theirs, ours / theirs - 1 if theirs else None))
-    if compiled.get("peak_bytes") and plan["chip"] != "cpu":  # a CPU's leaves temporaries out
-        peak, total = compiled["peak_bytes"], memory["total"]  # with no hole counted twice
-        rows.append(("live at the peak", total, peak, total / peak - 1))
-    return rows
+def compared(plan: Json) -> list[tuple[str, str, str, str]]:
+    """`(what, predicted, compiled, error)` in words, where the program was compiled; the error is relative to the compiler's number."""
+    return [
+        (row["name"], words.size(row["predicted"]), words.size(row["compiled"]), words.percent(row["difference"], 1))
+        for row in (plan.get("compiled") or {}).get("compared", [])
+    ]
 
 
 def compared_collectives(plan: Json) -> list[tuple[str, str, float, float]]:

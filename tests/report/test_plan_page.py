@@ -10,13 +10,13 @@ from lmeff.plan.answer import join
 from lmeff.plan.estimate import Memory
 from lmeff.report.plan import colors, memory_bars, render_plan, time_bar
 from lmeff.report.roofline import decades, points, roofline_plot, roofs
-from tests.plan.plan_sample import GIB, JOB, MEMORY, SITES, make_full, make_plan
+from tests.plan.plan_sample import GIB, JOB, MEMORY, SITES, compared, make_full, make_plan
 from tests.report.browser import WIDTHS, brightness, legible, measure, needs_browser
 
 COMPILED = {
     "argument_bytes": 12.01 * GIB,
     "temp_bytes": 17 * GIB,
-    "reported_bytes": max(sum(memory.temporaries.values()) for memory in MEMORY),
+    "compared": compared(12.01 * GIB, 17 * GIB, 28 * GIB),
     "total_bytes": 29.01 * GIB,
     "where": "v5p:4x8x8",
     "fits": True,
