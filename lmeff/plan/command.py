@@ -18,7 +18,7 @@ from lmeff.core.errors import ConfigError, DoesNotFit, UsageError
 from lmeff.core.files import write_asked
 from lmeff.launch import simulate_devices
 from lmeff.parallel.devices import Topology, parse_topology
-from lmeff.parallel.mesh import AXES, MeshPlan
+from lmeff.parallel.mesh import AXES, MeshPlan, plan_layout
 from lmeff.plan.answer import budget_json, estimate_json, join, search_json, serving_json
 from lmeff.plan.budget import fit
 from lmeff.plan.estimate import Estimate
@@ -170,8 +170,8 @@ def on_some_mesh(command: Plan, experiment: Experiment, where: Target, console: 
     for mesh in simple_meshes(where):
         changed = dataclasses.replace(experiment, mesh=mesh)
         if refused(changed, where) is None:
-            shown = " x ".join(f"{axis} {n}" for axis, n in mesh.degrees(where.devices).items() if n > 1)
-            told = f"the config's mesh cannot train on {words.plural(where.devices, 'device')}; the search begins from {shown or 'one device'} ({refusal})"
+            shown = plan_layout(mesh, where.devices).describe()
+            told = f"the config's mesh cannot train on {words.plural(where.devices, 'device')}; the search begins from {shown} ({refusal})"
             console.print(told, style="yellow", highlight=False, soft_wrap=not console.is_terminal)
             return changed
     return experiment

@@ -170,9 +170,8 @@ def slices(job: Job, chip: Chip, topology: Topology | None = None) -> Iterator[s
     least = peak(job, chip) * job.devices / degree / (hosts * chip.dcn) * 2
     own = job.rows * job.tokens / degree
     what = "the sums of float32 gradients"
-    if (
-        job.local is not None and job.local.axis == "dcn"
-    ):  # parameters meet instead, as many bytes once in so many steps
+    if job.local is not None and job.local.axis == "dcn":
+        # Parameters meet instead, as many bytes once in so many steps.
         least, what = least / job.local.every, f"the meetings of parameters, one in {job.local.every} steps,"
     verdict = "above" if own >= least else "below"
     yield (
@@ -224,8 +223,8 @@ def pipeline(found: Estimate) -> Iterator[str]:
 
 def setting(job: Job) -> str:
     """A plan in a line: "fsdp 64 x tensor 4, ZeRO-3, remat full"."""
-    cut = {axis: n for axis, n in job.degrees.items() if n > 1}
-    parts = [" x ".join(f"{axis} {n}" for axis, n in cut.items()) or "one device"]
+    cut = {axis for axis, n in job.degrees.items() if n > 1}
+    parts = [job.layout.describe()]
     if "fsdp" in cut:
         parts.append(f"ZeRO-{job.mesh.zero}")
     if "context" in cut:
