@@ -297,11 +297,6 @@ def plan_layout(plan: MeshPlan, devices: int, kind: str | None = None) -> Layout
     return Layout(mesh, plan, kind=kind)
 
 
-def parameter_shardings(specs: Tree, layout: Layout) -> dict[str, NamedSharding]:
-    """`{path: sharding}` of every parameter."""
-    return {path: layout.sharding(spec.letters, spec.shape) for path, spec in flatten(specs).items()}
-
-
 def shardings(tree: Any, specs: Tree, layout: Layout) -> Any:
     """Shardings for any state that mirrors the parameters: moments, masks, scales, packed leaves, averages.
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lmeff.compress.config import Prune, build, parse_pattern, pruned
 from lmeff.core.batch import Batch
-from lmeff.core.dims import split_einsum
+from lmeff.core.dims import matmul_flops, split_einsum
 from lmeff.core.exchange import ALONE, ExpertLayer, Routed
 from lmeff.core.numerics import is_qtensor
 from lmeff.core.ops import Ops, Products, Ranges, Scope
@@ -147,30 +147,31 @@ class _Counter:
         left, right, out = split_einsum(equation)
         sizes = dict(zip(left + right, (*x.shape, *w.shape), strict=True))
         made = jnp.zeros([sizes[letter] for letter in out], x.dtype)
-        self.product(site, equation, math.prod(sizes.values()), x, w, made)
+        self.product(site, equation, matmul_flops(equation, sizes), x, w, made)
         return made
 
     def grouped(self, equation: str, x: Any, w: Any, rows: Any, *, site: str) -> jax.Array:
         """A `Grouped`: of the buffer, only the rows that have a token."""
         assert self.cfg.moe is not None
         active = self.tokens * self.cfg.moe.top_k
-        _, right, out = split_einsum(equation)
+        left, right, out = split_einsum(equation)
         made = jnp.zeros((x.shape[0], w.shape[right.index(out[1])]), x.dtype)
+        sizes = dict(zip(left + right, (active, x.shape[1], 1, *w.shape[1:]), strict=True))  # a row meets one expert
         used = (jax.ShapeDtypeStruct((active, y.shape[1]), y.dtype) for y in (x, made))
-        self.product(site, equation, active * w.shape[1] * w.shape[2], next(used), w, next(used))
+        self.product(site, equation, matmul_flops(equation, sizes), next(used), w, next(used))
         return made
 
     def experts(self, layer: ExpertLayer, x_BTD: Any, batch: Batch, weights: Any, *, reveal: bool = False) -> Routed:
         """An `Experts`."""
         return layer.run(x_BTD, batch, weights, Products(self.einsum, self.grouped), ALONE, reveal)
 
-    def product(self, site: str, equation: str, multiplied: int, x: Any, w: Any, made: Any) -> None:
-        """Notes a product of so many multiplications and additions."""
+    def product(self, site: str, equation: str, flops: int, x: Any, w: Any, made: Any) -> None:
+        """Notes a product."""
         whole = is_qtensor(w) and self.numerics.at(site) is not None  # codes times codes
         reads = {"activation": x.size if whole else _bytes(x), "weight": _bytes(w)}
         dense = self.left.get(self.paths[id(w)], 1.0)
         format = "int8" if whole else jnp.dtype(x.dtype).name
-        self.note(Site(site, "product", equation, 1, 2.0 * multiplied, 1.0, dense, reads, _bytes(made), format))
+        self.note(Site(site, "product", equation, 1, float(flops), 1.0, dense, reads, _bytes(made), format))
 
     def attend(self, q: Any, k: Any, v: Any, segments: Any, *, window: int | None, softcap: float | None) -> jax.Array:
         """Scores and values of every query with every key."""

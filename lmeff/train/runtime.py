@@ -7,21 +7,20 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from lmeff.compress.base import Compression, identity
+from lmeff.compress.base import Compression
 from lmeff.core.batch import Batch
 from lmeff.core.ops import FLOATING, Numerics, Ranges
 from lmeff.core.precision import Policy
 from lmeff.core.tree import Tree
-from lmeff.distill.objectives import Objective, Projection, head_objective
+from lmeff.distill.objectives import Objective
 from lmeff.models.config import ModelConfig
-from lmeff.models.transformer import Output, View, forward, identity_view, param_specs
+from lmeff.models.transformer import Output, View, forward, identity_view
 from lmeff.parallel.layers import layer_scan
 from lmeff.parallel.mesh import Layout, partitions
 from lmeff.parallel.region import EXACT, Reducer, Region
 from lmeff.parallel.seam import gathering_einsum, layout_ops
 from lmeff.parallel.tiles import pinned
 from lmeff.train.local_updates import LocalUpdates
-from lmeff.train.optim import OptimConfig, make_optimizer
 
 Metrics = dict[str, jax.Array]
 
@@ -81,25 +80,6 @@ class Runtime:
         """Where gradients are summed, if it is not left to XLA."""
         axes = self.layout.axes("BL")
         return Region(self.layout.within(axes), axes, partitions(trainable, self.specs, self.layout))
-
-
-def plain_runtime(
-    cfg: ModelConfig, layout: Layout, optim: OptimConfig, *, policy: Policy, steps: int = 1000, **fields: Any
-) -> Runtime:
-    """A model trained on its next tokens, with nothing composed; `fields` are further ones of `Runtime`."""
-    specs = param_specs(cfg)
-    return Runtime(
-        student=Model(cfg),
-        teacher=None,
-        specs=specs,
-        compression=identity(),
-        objective=head_objective(Projection(cfg)),
-        tx=make_optimizer(optim, steps, policy=policy, specs=specs),
-        layout=layout,
-        policy=policy,
-        offload=optim.offload,
-        **fields,
-    )
 
 
 class Frozen(NamedTuple):

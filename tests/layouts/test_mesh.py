@@ -9,7 +9,7 @@ from lmeff.core.errors import ConfigError
 from lmeff.core.specs import ParamSpec
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
-from lmeff.parallel.mesh import AXES, MeshPlan, indivisible, make_layout, parameter_shardings, shardings
+from lmeff.parallel.mesh import AXES, MeshPlan, indivisible, make_layout, shardings
 from lmeff.parallel.rows import place_batch
 from tests.layouts.trial import make_batch
 
@@ -92,7 +92,7 @@ def test_what_a_plan_cannot_cut_is_named():
 def test_states_that_mirror_parameters_are_cut_as_they_are():
     layout = make_layout(MeshPlan(fsdp=4, tensor=2))
     specs = {"w": ParamSpec(letters="LDF", shape=(2, 8, 6), contract="D")}
-    assert parameter_shardings(specs, layout)["w"].spec == P(None, "fsdp", "tensor")
+    assert shardings({"w": np.zeros((2, 8, 6))}, specs, layout)["w"].spec == P(None, "fsdp", "tensor")
     state = {
         "moment": {"w": np.zeros((2, 8, 6))},
         "scale": {"w": np.zeros((2, 1, 6))},

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lmeff.core.precision import Policy
 from lmeff.models.config import preset
 from lmeff.parallel import activations
 from lmeff.parallel.activations import kept_bytes
@@ -14,10 +13,10 @@ from lmeff.parallel.region import Kept
 from lmeff.parallel.schedule_csv import to_csv
 from lmeff.parallel.schedules import build
 from lmeff.plan.job import Job, Shape
+from lmeff.plan.program import runtime
 from lmeff.plan.state import state_bytes
 from lmeff.plan.temporaries import reported_bytes, temporary_bytes
-from lmeff.train.optim import OptimConfig
-from lmeff.train.runtime import Frozen, plain_runtime
+from lmeff.train.runtime import Frozen
 from lmeff.train.state import abstract_batch
 from lmeff.train.step import abstract_start, gradients
 from tests.plan.cases import CFG, CPU, EXPERTS, HELD_OUT, MIXED, TPU, cpu, memory, sized
@@ -88,8 +87,10 @@ def test_a_schedule_in_a_file_is_read_as_it_is_now(tmp_path):
 
 def kept_by_compiler(remat, cfg, plan, rows):
     """Bytes of temporaries of the gradient alone, whose results are no temporaries."""
-    layout = make_layout(plan, jax.devices()[: plan.tensor * plan.fsdp * plan.context])
-    rt = plain_runtime(cfg, layout, OptimConfig(), policy=Policy(), remat=remat)
+    devices = plan.tensor * plan.fsdp * plan.context
+    layout = make_layout(plan, jax.devices()[:devices])
+    job = Job(name="step", student=Shape(cfg=cfg), mesh=plan, devices=devices, rows=rows, tokens=256, remat=remat)
+    rt = runtime(job, layout)
     state = abstract_start(rt)
 
     def run(state, batch):
