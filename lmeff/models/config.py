@@ -9,6 +9,49 @@ from lmeff.core.errors import ConfigError
 
 NORMS = ("rms", "layer")
 ACTIVATIONS = ("swiglu", "geglu", "gelu")
+BIASES = ("none", "qkv", "attention", "all")
+NORM_PLACES = ("pre", "post", "both")
+POSITIONS = ("rope", "learned")
+QK_NORMS = ("head", "width")
+ROPE_SCALINGS = ("linear", "dynamic", "yarn", "llama3", "longrope")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are changed for contexts longer than a model was pretrained with; only its own kind's fields count.
+
+    kind:     "linear" (positions / factor: Chen et al. 2023, https://arxiv.org/abs/2306.15595), "dynamic" (NTK: theta grows with the row), "yarn" (Peng et al.
+              2023, https://arxiv.org/abs/2309.00071), "llama3" (Grattafiori et al. 2024, https://arxiv.org/abs/2407.21783), "longrope" (Ding et al. 2024,
+              https://arxiv.org/abs/2402.13753).
+    factor:   how many times longer contexts get.
+    original: the context of pretraining, in tokens ("dynamic", "yarn", "llama3", "longrope").
+    low, high: "llama3": wavelengths over original / low are divided by the factor, those under original / high stay, between is blended.
+    beta_fast, beta_slow, truncate: "yarn": rotations over the original context from which, and up to which, frequencies stay or are divided; whether these
+              bounds are whole numbers.
+    attention: "yarn", "longrope": what cosines and sines are multiplied by; None follows from the factor.
+    short, long: "longrope": divisors of each frequency, for rows up to the original context and beyond.
+    """
+
+    kind: str
+    factor: float = 1.0
+    original: int | None = None
+    low: float = 1.0
+    high: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention: float | None = None
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuses kinds that do not exist."""
+        if self.kind not in ROPE_SCALINGS:
+            raise ConfigError(f"model.rope_scaling.kind: got '{self.kind}', expected one of {', '.join(ROPE_SCALINGS)}")
+        if self.kind != "linear" and self.original is None:
+            raise ConfigError(
+                f"model.rope_scaling.original: got None with kind '{self.kind}', expected the context of pretraining in tokens"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +106,18 @@ class ModelConfig:
     activation:     "swiglu" and "geglu" gate the ffn (three matrices), "gelu" does not (two).
     ffn:            width of the ffn, or of each expert.
     moe:            a mixture of experts in place of every ffn; None has none.
-    window:         each token sees this many tokens up to itself; None sees all.
+    norm:           "rms" or "layer" (with a bias). norm_plus_one: the weight of an RMSNorm is kept as its difference to 1 (Gemma).
+    norm_at:        "pre": before attention and ffn. "post": of their outputs, before the residual sum (OLMo 2). "both" (Gemma 2).
+    qk_norm:        RMSNorm of queries and keys, "head": of each head (Qwen3), "width": over all heads at once (OLMo 2).
+    bias:           "none", "qkv" (Qwen2), "attention" (queries, keys, values and the output), or "all" (the ffn, too).
+    positions:      "rope", or "learned": a table of `context` rows added to the embedding (GPT-2).
+    context:        the longest row that positions exist for; None sets no limit.
+    rope_scaling:   of the layers that see all; rope_local_theta: theta of the layers with a window, which are not scaled; None: all layers alike.
+    rope_fraction:  share of a head's channels that turn, the first ones (Phi).
+    window:         each token sees this many tokens up to itself; None sees all. full_layers: the layers, counted from 0, that see all nevertheless.
     logit_softcap:  final logits become cap * tanh(logits / cap); `attention_softcap` the same for attention scores.
+    attention_scale: what scores are multiplied by; None is 1 / sqrt(head width).
+    embed_scale:    what embeddings are multiplied by (Gemma: sqrt(width)).
     """
 
     vocab: int = 512
@@ -77,14 +130,24 @@ class ModelConfig:
     moe: MoE | None = None
     norm: str = "rms"
     norm_eps: float = 1e-5
+    norm_plus_one: bool = False
+    norm_at: str = "pre"
     activation: str = "swiglu"
+    positions: str = "rope"
+    context: int | None = None
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    rope_local_theta: float | None = None
+    rope_fraction: float = 1.0
     tied: bool = True
-    bias: bool = False
-    qk_norm: bool = False
+    bias: str = "none"
+    qk_norm: str | None = None
     window: int | None = None
+    full_layers: tuple[int, ...] = ()
     logit_softcap: float | None = None
     attention_softcap: float | None = None
+    attention_scale: float | None = None
+    embed_scale: float | None = None
 
     def __post_init__(self) -> None:
         """Refuses shapes that no parameter tree exists for."""

@@ -1,0 +1,1 @@
+"""Measuring models by tasks: perplexity with strided windows, choices, continuations, the lm-evaluation-harness."""

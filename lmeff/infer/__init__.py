@@ -1,0 +1,1 @@
+"""Generation: the cache, prefill and decode, sampling, speculative decoding."""

@@ -1,0 +1,1 @@
+"""Products and attention where XLA's own are not enough, chosen by platform, shape and format."""
