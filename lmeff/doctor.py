@@ -17,7 +17,7 @@ from rich.console import Console
 
 EXTRAS = {
     "report": ("matplotlib", "jinja2"),
-    "text": ("tokenizers",),
+    "text": ("tokenizers", "sentencepiece"),
     "parquet": ("pyarrow",),
     "hf": ("datasets",),
     "remote": ("fsspec", "gcsfs"),

@@ -127,7 +127,7 @@ def keep(path: Path, folder: Path) -> Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     for file, name in zip(found.files, found.format.names, strict=True):
         shutil.copyfile(file, folder / name)
-    for name in (*special.NAMED, "generation_config.json", "added_tokens.json"):
+    for name in CARRIED:
         if (found.files[0].parent / name).exists():
             shutil.copyfile(found.files[0].parent / name, folder / name)
     if isinstance(tokenizer, Pretrained):
@@ -212,6 +212,9 @@ def added_special(codec: Codec, folder: Path) -> dict[str, int]:
         )
     return added
 
+
+# What is copied from beside a tokenizer; templates of chats are not read here, but an export carries them along.
+CARRIED = (*special.NAMED, "generation_config.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
 
 # In the order in which they are looked for in a folder.
 FORMATS: tuple[Format, ...] = (

@@ -120,7 +120,7 @@ def open_store(config: DataConfig, directory: Path) -> Store:
     _refuse_other_config(manifest, config, directory)
     for name, expected in manifest["files"].items():
         _refuse_damage(directory / name, expected)
-    tokenizer = _open_tokenizer(config, directory)
+    tokenizer = open_tokenizer(config, directory)
     shards = {
         part.name: {split: _open_shard(directory / f"{part.name}.{split}", manifest["dtype"]) for split in SPLITS}
         for part in config.parts
@@ -128,7 +128,8 @@ def open_store(config: DataConfig, directory: Path) -> Store:
     return Store(shards, tokenizer, manifest)
 
 
-def _open_tokenizer(config: DataConfig, directory: Path) -> Tokenizer:
+def open_tokenizer(config: DataConfig, directory: Path) -> Tokenizer:
+    """The tokenizer of the tokens in a folder; that they are there and undamaged is not looked at."""
     if is_pretrained(config):
         return load_tokenizer(directory / KEPT)
     return ByteTokenizer() if config.tokenizer == "bytes" else load_bpe(directory / "tokenizer.json", config.bpe_vocab)
