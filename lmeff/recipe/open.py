@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from lmeff.compress.config import MATRICES
-from lmeff.config import Experiment
+from lmeff.config import Experiment, Stage
 from lmeff.config.files import FILE, read
-from lmeff.config.loads import describe, is_huggingface
+from lmeff.config.loads import Loaded, describe, is_huggingface, kept
 from lmeff.config.validate import check_cuts, shapes
 from lmeff.core.errors import CheckpointError, ConfigError
 from lmeff.core.numerics import QFormat, is_qtensor, parse_format, quantize
@@ -121,9 +121,17 @@ def _open_run(path: Path, name: str | None, layout: Layout, policy: Policy | Non
         layout=layout,
         policy=policy,
     )
-    return OpenModel(
-        served, open_tokenizer(experiment.data, path / "data"), f"artifact '{found.name}' of the run {path}"
-    )
+    tokenizer = open_tokenizer(experiment.data, path / "data")
+    origin = _origin(experiment, path, experiment.stage(found.name))
+    source = f"artifact '{found.name}' of the run {path}"
+    return OpenModel(served, tokenizer, source, *((origin.family, origin.keep) if origin is not None else ()))
+
+
+def _origin(experiment: Experiment, directory: Path, stage: Stage) -> Loaded | None:
+    """The model that a stage was loaded from, or the stage that it began from, or that one's; None for random weights."""
+    while stage.start is not None:
+        stage = experiment.stage(stage.start)
+    return kept(directory)[stage.name] if stage.load is not None else None
 
 
 def load_done(experiment: Experiment, directory: Path, name: str | None, layout: Layout) -> Artifact:
