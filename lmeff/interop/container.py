@@ -65,7 +65,7 @@ def read_header(file: Path) -> Header:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             first = stream.read(64)
-            _refuse_other_kinds(file, first)
+            refuse_other_kinds(file, first, "a safetensors file")
             if size < 8:
                 refuse(
                     file, f"{size} bytes", "a safetensors file, which begins with the 8 bytes of its header's length"
@@ -110,10 +110,11 @@ def parse_object(file: Path, text: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def _refuse_other_kinds(file: Path, first: bytes) -> None:
+def refuse_other_kinds(file: Path, first: bytes, expected: str) -> None:
+    """Refuses what is plainly something else by its first bytes: a pickle, a web page, a pointer."""
     for begins, kind, remedy in OTHER_KINDS:
         if first.lower().startswith(begins):
-            refuse(file, kind, "a safetensors file", remedy)
+            refuse(file, kind, expected, remedy)
 
 
 def _metadata(file: Path, found: Any) -> dict[str, str]:
