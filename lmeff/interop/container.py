@@ -94,11 +94,11 @@ def parse_object(file: Path, text: bytes, what: str) -> dict[str, Any]:
     """A JSON object whose keys are all different; raises `CheckpointError`."""
 
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in found if names.count(name) > 1)
-            refuse(file, f"the key {shown(twice)} twice in its {what}", "each key once")
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                refuse(file, f"the key {shown(name)} twice in its {what}", "each key once")
+            found[name] = value
         return found
 
     try:

@@ -170,10 +170,8 @@ def _open_shards(folder: Path) -> Tensors:
 
 def _shard_name(index: Path, name: Any) -> str:
     """A name that stays in its folder: an index comes from strangers and must not choose what else is opened."""
-    plain = (
-        isinstance(name, str) and name == os.path.basename(name) and not set(name) & {"\\", "\0"} and name[:1] != "."
-    )
-    if not plain:
+    plain = isinstance(name, str) and bool(name) and name == os.path.basename(name)
+    if not plain or set(name) & {"\\", "\0"} or name.startswith("."):
         refuse(
             index, f"the shard {shown(name)}", "the plain name of a file in its folder", "Do not trust this checkpoint."
         )
