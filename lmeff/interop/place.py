@@ -17,10 +17,10 @@ from jax.sharding import Sharding, SingleDeviceSharding
 Index = tuple[slice, ...]
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each dim
 
-PIECE_BYTES = 32 << 20  # what is asked for at once, in bytes of the leaf's dtype
-PIECES = (
-    16  # a shard is filled by at least so many, so that a piece, in a wider dtype and transposed, stays small beside it
-)
+# What is asked for at once, in bytes of the leaf's dtype: a sixteenth of the shard, within these bounds. A piece may come in a wider dtype and turned around
+# as a copy, and is still small beside its shard.
+PIECES = 16
+LEAST_BYTES, MOST_BYTES = 1 << 20, 32 << 20
 
 
 def place_leaf(
@@ -63,7 +63,7 @@ def _fill(bounds: Bounds, dtype: Any, read: Callable[..., np.ndarray], stacked: 
     host = np.empty([stop - start for start, stop in bounds], dtype)
     stack, own = bounds[:stacked], bounds[stacked:]
     for at in itertools.product(*(range(*dim) for dim in stack)):
-        target = host[tuple(i - start for i, (start, _) in zip(at, stack))]
+        target = host[*(i - start for i, (start, _) in zip(at, stack)), ...]
         for piece in _pieces(own, outer, host):
             index = tuple(slice(*dim) for dim in piece)
             values = read(index, *at)
@@ -81,7 +81,7 @@ def _pieces(own: Bounds, outer: int, host: np.ndarray) -> Iterator[Bounds]:
         return
     start, stop = own[outer]
     others = math.prod(b - a for dim, (a, b) in enumerate(own) if dim != outer) * host.itemsize
-    rows = max(1, min(PIECE_BYTES, host.nbytes // PIECES) // max(1, others))
+    rows = max(1, min(MOST_BYTES, max(LEAST_BYTES, host.nbytes // PIECES)) // max(1, others))
     for begin in range(start, stop, rows):
         yield (*own[:outer], (begin, min(begin + rows, stop)), *own[outer + 1 :])
 
