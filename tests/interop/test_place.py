@@ -205,7 +205,8 @@ class TestMemory:
         for make in (embed, layers):
             assert _peak(make) <= 1.3 * self.LARGEST
         leaf = layers()
-        assert _peak(lambda: [None for _ in tensors_of(leaf, stacked=1)]) <= 3 * math.prod(shapes["layer"]) * 4
+        fetch_tensor(leaf, 0)  # compiles
+        assert _peak(lambda: [None for _ in tensors_of(leaf, stacked=1)]) <= 3.1 * math.prod(shapes["layer"]) * 4
         out = {f"out.{n}": specs["layer.0"] for n in range(12)}
         assert (
             _peak(lambda: write_tensors(tmp_path / "out", out, lambda name: fetch_tensor(leaf, int(name[4:])).T))
