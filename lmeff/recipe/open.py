@@ -124,7 +124,9 @@ def _open_run(path: Path, name: str | None, layout: Layout, policy: Policy | Non
     tokenizer = open_tokenizer(experiment.data, path / "data")
     origin = _origin(experiment, path, experiment.stage(found.name))
     source = f"artifact '{found.name}' of the run {path}"
-    return OpenModel(served, tokenizer, source, *((origin.family, origin.keep) if origin is not None else ()))
+    if origin is None:
+        return OpenModel(served, tokenizer, source)
+    return OpenModel(served, tokenizer, source, origin.family, origin.keep)
 
 
 def _origin(experiment: Experiment, directory: Path, stage: Stage) -> Loaded | None:
