@@ -21,12 +21,11 @@ from lmeff.models.cache import CacheFormat
 
 require("lm_eval", extra="eval")  # before it is imported by name: it may be absent
 
-from lm_eval import simple_evaluate  # noqa: E402
+from lm_eval import evaluator  # noqa: E402
 from lm_eval.api.model import LM  # noqa: E402
 from lm_eval.api.registry import register_model  # noqa: E402
 
 
-@register_model("lmeff")
 class HarnessModel(LM):
     """Answers what the harness asks of a model; one process and its mesh answer all requests.
 
@@ -105,6 +104,9 @@ class HarnessModel(LM):
         return answer
 
 
+register_model("lmeff")(HarnessModel)
+
+
 class Wish(NamedTuple):
     """How a task wants text generated: stop strings, how tokens are drawn, how many at most."""
 
@@ -143,4 +145,4 @@ def _places(asked: Sequence[tuple[str, str]]) -> list[str]:
 
 def evaluate(scorer: Scorer, tokenizer: Tokenizer, tasks: list[Any], *, bos: bool = True, **options: Any) -> Any:
     """`lm_eval.simple_evaluate` of these tasks (names, or their configs as dicts); `options` are its own, such as `limit` and `num_fewshot`."""
-    return simple_evaluate(model=HarnessModel(scorer, tokenizer, bos=bos), tasks=tasks, **options)
+    return evaluator.simple_evaluate(model=HarnessModel(scorer, tokenizer, bos=bos), tasks=tasks, **options)
