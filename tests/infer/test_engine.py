@@ -48,7 +48,7 @@ def test_prompt_and_tokens_are_the_whole_row(name, mesh):
     found, cache = replayed(engine, tokens, PROMPTS, steps)
     np.testing.assert_allclose(found, at(full_logits(model, tokens), PROMPTS, steps), atol=1e-5)
     assert np.asarray(cache.length_B).tolist() == (PROMPTS + steps).tolist()
-    assert np.abs(found).max() > 0.5  # the model says something
+    assert np.abs(found).max() > 1  # the model says something
 
 
 @pytest.mark.parametrize("name", ["window", "mixed"])

@@ -8,7 +8,6 @@ import numpy as np
 
 from lmeff.core.batch import Batch
 from lmeff.core.precision import Policy
-from lmeff.core.specs import initialize
 from lmeff.infer.served import Served
 from lmeff.models.config import ModelConfig, MoE, preset
 from lmeff.models.transformer import forward, param_specs, project
@@ -32,14 +31,18 @@ MESHES: dict[str, MeshPlan] = {
 }
 
 
+@functools.lru_cache
 def served(cfg: ModelConfig, mesh: str = "one", seed: int = 0) -> Served:
-    """Random weights, large enough that tokens matter to one another."""
+    """Random weights, norms and biases too, large enough that tokens matter to one another."""
     plan = MESHES[mesh]
     layout = make_layout(plan, jax.devices()[: 1 if mesh == "one" else 8])
-    specs = param_specs(cfg)
-    params = jax.tree.map(
-        lambda spec, x: 4 * x if spec.is_matmul else x, specs, initialize(jax.random.key(seed), specs)
-    )
+    specs, rng = param_specs(cfg), np.random.default_rng(seed)
+
+    def leaf(_: str, spec: ParamSpec) -> np.ndarray:
+        middle = {"normal": 0.0, "ones": 1.0, "zeros": 0.0}[spec.init]
+        return (middle + (0.2 if spec.is_matmul else 0.1) * rng.normal(size=spec.shape)).astype(np.float32)
+
+    params = map_with_path(leaf, specs)
     params = jax.device_put(params, shardings(params, specs, layout))
     return Served(cfg=cfg, params=params, layout=layout, policy=Policy())
 
