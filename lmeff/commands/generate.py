@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from lmeff.commands.words import refuse_unknown
+from lmeff.commands.words import need_tokenizer, refuse_unknown
 from lmeff.core.errors import DataError, UsageError
 from lmeff.data.tokenizer import Tokenizer, continuing
 from lmeff.data.tokenizer import prompt as prompt_ids
@@ -24,7 +24,7 @@ from lmeff.launch import Machine
 from lmeff.models.cache import CacheFormat, parse_cache
 from lmeff.parallel.mesh import MeshPlan
 from lmeff.parallel.processes import leads
-from lmeff.recipe.open import OpenModel, open_model
+from lmeff.recipe.open import open_model
 
 Json = dict[str, Any]
 
@@ -161,15 +161,6 @@ def read_prompts(command: Generate) -> list[str]:
     if not found:
         raise DataError(f"prompts: {where} holds none, expected a prompt on every line")
     return found
-
-
-def need_tokenizer(opened: OpenModel, path: Path) -> Tokenizer:
-    """The model's tokenizer."""
-    if opened.tokenizer is None:
-        raise UsageError(
-            f"{path}: has no tokenizer, expected one: prompts are text. Import the model with --tokenizer, or put the tokenizer's files into its folder."
-        )
-    return opened.tokenizer
 
 
 def complete(

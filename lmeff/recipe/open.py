@@ -83,9 +83,14 @@ def open_model(
     return opened._replace(served=served, source=f"{opened.source}, weights {format}")
 
 
+def is_model(path: Path) -> bool:
+    """Whether this folder holds a model of others: imported, or as Hugging Face has it."""
+    return is_model_folder(path) or is_huggingface(path)
+
+
 def is_run(path: Path) -> bool:
     """Whether a run wrote this folder."""
-    return (path / FILE).is_file() and not is_model_folder(path) and not is_huggingface(path)
+    return (path / FILE).is_file() and not is_model(path)
 
 
 def _open_folder(path: Path, layout: Layout, policy: Policy | None) -> OpenModel:
