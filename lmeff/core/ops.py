@@ -28,7 +28,7 @@ from lmeff.core.numerics import (
     quantize,
     scale_from_range,
 )
-from lmeff.core.packed import packed_einsum
+from lmeff.core.packed import are_integers, packed_einsum
 
 Records = dict[str, jax.Array]
 Ranges = Mapping[str, jax.Array]
@@ -128,7 +128,7 @@ def _range_of(ranges: Ranges, site: str) -> jax.Array:
 
 
 def fake_activation(x: jax.Array, axes: tuple[int, ...], format: QFormat, ranges: Ranges, site: str) -> jax.Array:
-    """An activation on its integer grid, with straight-through gradients. `axes` are the contracted dims."""
+    """An activation on its grid, with straight-through gradients. `axes` are the contracted dims."""
     if format.granularity != "tensor":
         return fake_quantize_min_max(x, format, axes)
     scale, zero = _activation_scale(x, format, _range_of(ranges, site))
@@ -136,7 +136,7 @@ def fake_activation(x: jax.Array, axes: tuple[int, ...], format: QFormat, ranges
 
 
 def encode_activation(x: jax.Array, axes: tuple[int, ...], format: QFormat, ranges: Ranges, site: str) -> QTensor:
-    """The same activation as integer codes."""
+    """The same activation as codes."""
     if format.granularity != "tensor":
         return quantize(x, format, axes)
     scale, zero = _activation_scale(x, format, _range_of(ranges, site))
@@ -182,19 +182,19 @@ def contracted_axes(equation: str) -> tuple[int, ...]:
 def make_einsum(numerics: Numerics, ranges: Ranges, product: Einsum = plain_einsum) -> Einsum:
     """Floating, fake-quantized, weight-only or integer, decided by the site's format and the type of the weight.
 
+    Where either operand is fp8 the product is floating: the same numbers on their grids, in the dtype of `x`.
+
     product: what multiplies floating operands in the end.
     """
 
     def einsum(equation: str, x: jax.Array, w: Any, *, site: str) -> jax.Array:
         format = numerics.at(site)
         axes = contracted_axes(equation)
-        if is_qtensor(w):
-            if format is None:
-                return product(equation, x, dequantize(w), site=site)
+        if format is not None and is_qtensor(w) and are_integers(format, w.format):
             return packed_einsum(equation, encode_activation(x, axes, format, ranges, site), w).astype(x.dtype)
         if format is not None:
             x = fake_activation(x, axes, format, ranges, site)
-        return product(equation, x, w, site=site)
+        return product(equation, x, dequantize(w) if is_qtensor(w) else w, site=site)
 
     return einsum
 
