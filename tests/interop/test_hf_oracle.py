@@ -214,7 +214,7 @@ def test_a_phi3_whose_heads_were_cut_is_written_as_a_llama(tmp_path):
     cfg, _ = load(saved(model, tmp_path / "theirs"), LAYOUT)
     cut = dataclasses.replace(cfg, heads=2, kv_heads=1, head_width=cfg.head_size)
     family = FAMILIES["phi3"]
-    with pytest.raises(ValueError, match="short_factor field must have length 8, got 4"):
+    with pytest.raises(Exception, match="short_factor field must have length 8, got 4"):
         transformers.Phi3Config(**keys_of(family, cut), pad_token_id=None)
     assert unsaid(family, cut) == ["model.head_width = 8, of which longrope wants model.width / model.heads = 16"]
     assert choose(cut, None, tmp_path).name == "llama"
