@@ -12,6 +12,8 @@ from lmeff.core.errors import ConfigError
 from lmeff.core.numerics import QFormat, parse_format
 from lmeff.core.specs import ParamSpec
 from lmeff.core.tree import flatten
+from lmeff.models.cache import cache_bytes as array_bytes
+from lmeff.models.cache import cache_specs, parse_cache
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import AXES
@@ -133,7 +135,7 @@ def cache_bytes(cfg: ModelConfig, cache: str, rows: int, tokens: int) -> float:
     """Bytes of the keys and values of so many rows, all layers; a window keeps no more than its own tokens.
 
     "fp8", "int8" and "int4" have a float32 scale for each token and head, "int4/g32" one for each 32 numbers of a head, "int8/tensor" one a layer; affine
-    ones a zero point of 32 bits for each scale.
+    ones a zero point of 32 bits for each scale. "int4/channel" and the like are counted by the very arrays (`lmeff.models.cache.CacheFormat`).
 
     Llama-3-8B: 2 x 32 layers x 8 heads x 128 numbers x 2 bytes are 128 KiB a token; int8 with scales is (128 + 4) / 256 of that.
 
@@ -141,6 +143,8 @@ def cache_bytes(cfg: ModelConfig, cache: str, rows: int, tokens: int) -> float:
     >>> [cache_bytes(preset("llama3_8b"), cache, 1, 8192) / 2**20 for cache in ("bfloat16", "int8")]
     [1024.0, 528.0]
     """
+    if "/channel" in cache:
+        return float(array_bytes(cache_specs(cfg, parse_cache(cache), rows=rows, tokens=tokens)))
     seen = tokens if cfg.window is None else min(tokens, cfg.window)
     heads = 2 * cfg.layers * cfg.kv_heads * seen * rows
     codes = heads * cfg.head_size * bits(cache) / 8
