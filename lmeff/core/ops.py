@@ -1,6 +1,6 @@
 """The seam: everything the model may do to tensors that numerics, sharding or a measurement could want to change.
 
-The model calls `ops.einsum`, `ops.experts`, `ops.attend`, `ops.place`, `ops.embed`, `ops.tap` and `ops.keep`, and nothing else knows about
+The model calls `ops.einsum`, `ops.experts`, `ops.attend`, `ops.cached`, `ops.place`, `ops.embed`, `ops.tap` and `ops.keep`, and nothing else knows about
 activation quantization, packed weights, meshes or recording. `forward` receives a `MakeOps`, opens it once per traced scope (once for
 the scanned block), and returns what it recorded as an output of the scan: no global lists, so no leaked tracers.
 """
@@ -71,6 +71,7 @@ class Ops(NamedTuple):
     embed:  rows of a table "VD" (an array or a `QTensor`) by token id.
     tap:    offers a named intermediate (residual stream, importance inputs) to whoever records.
     keep:   leaves a named sum with the layer's outputs, for the objective to add to its loss.
+    cached: attention to a cache, which new keys and values are written to, `lmeff.models.cached.cached_attention`; None where no cache is to be had.
     """
 
     einsum: Einsum
@@ -80,6 +81,7 @@ class Ops(NamedTuple):
     embed: Callable[[Any, jax.Array], jax.Array]
     tap: Callable[[str, jax.Array], None]
     keep: Callable[[str, jax.Array], None]
+    cached: Callable[..., Any] | None = None
 
 
 KEPT = "kept/"  # what marks the records that were kept for the objective
@@ -247,6 +249,7 @@ def make_ops(
     embed: Callable[[Any, jax.Array], jax.Array] = lookup,
     spread: Spread = on_one_device,
     product: Einsum = plain_einsum,
+    cached: Callable[..., Any] | None = None,
 ) -> MakeOps:
     """The plain seam: computes, and records only what the model keeps for the objective."""
 
@@ -257,7 +260,8 @@ def make_ops(
             kept[KEPT + name] = x
 
         einsum, experts = make_einsum(numerics, ranges, product), make_experts(numerics, ranges, spread)
-        return Scope(Ops(einsum, experts, attend, place, embed, lambda name, x: None, keep), lambda: kept)
+        ops = Ops(einsum, experts, attend, place, embed, lambda name, x: None, keep, cached)
+        return Scope(ops, lambda: kept)
 
     return open_scope
 
