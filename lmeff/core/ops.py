@@ -46,6 +46,15 @@ class Grouped(Protocol):
     def __call__(self, equation: str, x: jax.Array, w: Any, rows: Rows, *, site: str) -> jax.Array: ...
 
 
+Packed = Callable[[str, Any, QTensor], jax.Array | None]
+"""`(equation, x, w)`: the product of an array, or of its codes, with a packed weight; None where the plain form is to compute it."""
+
+
+def unpacked(equation: str, x: Any, w: QTensor) -> jax.Array | None:
+    """Leaves every product to the plain form."""
+    return None
+
+
 class Products(NamedTuple):
     """The products of code that runs on one device's shards."""
 
@@ -181,19 +190,26 @@ def contracted_axes(equation: str) -> tuple[int, ...]:
     return tuple(left.index(letter) - len(left) for letter in contracted(equation))
 
 
-def make_einsum(numerics: Numerics, ranges: Ranges, product: Einsum = plain_einsum) -> Einsum:
+def make_einsum(
+    numerics: Numerics, ranges: Ranges, product: Einsum = plain_einsum, packed: Packed = unpacked
+) -> Einsum:
     """Floating, fake-quantized, weight-only or integer, decided by the site's format and the type of the weight.
 
     product: what multiplies floating operands in the end.
+    packed:  what multiplies with packed weights where it is better than the plain form: weights turned into numbers, or integer products.
     """
 
     def einsum(equation: str, x: jax.Array, w: Any, *, site: str) -> jax.Array:
         format = numerics.at(site)
         axes = contracted_axes(equation)
         if is_qtensor(w):
+            operand = x if format is None else encode_activation(x, axes, format, ranges, site)
+            made = packed(equation, operand, w)
+            if made is not None:
+                return made.astype(x.dtype)
             if format is None:
                 return product(equation, x, dequantize(w), site=site)
-            return packed_einsum(equation, encode_activation(x, axes, format, ranges, site), w).astype(x.dtype)
+            return packed_einsum(equation, operand, w).astype(x.dtype)
         if format is not None:
             x = fake_activation(x, axes, format, ranges, site)
         return product(equation, x, w, site=site)
@@ -249,6 +265,7 @@ def make_ops(
     embed: Callable[[Any, jax.Array], jax.Array] = lookup,
     spread: Spread = on_one_device,
     product: Einsum = plain_einsum,
+    packed: Packed = unpacked,
     cached: Callable[..., Any] | None = None,
 ) -> MakeOps:
     """The plain seam: computes, and records only what the model keeps for the objective."""
@@ -259,7 +276,7 @@ def make_ops(
         def keep(name: str, x: jax.Array) -> None:
             kept[KEPT + name] = x
 
-        einsum, experts = make_einsum(numerics, ranges, product), make_experts(numerics, ranges, spread)
+        einsum, experts = make_einsum(numerics, ranges, product, packed), make_experts(numerics, ranges, spread)
         ops = Ops(einsum, experts, attend, place, embed, lambda name, x: None, keep, cached)
         return Scope(ops, lambda: kept)
 

@@ -1,61 +1,67 @@
 """The model's products as products of two matrices, which is what kernels know: tokens [N, I] by a packed weight [I, O] or [O, I]."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-
 from lmeff.core.dims import contracted, split_einsum
-from lmeff.core.numerics import QTensor
+from lmeff.core.numerics import QTensor, is_qtensor
 
 
 class Matrices(NamedTuple):
     """A product as a matrix product.
 
-    w:             packed, two dims, with one scale for all, one for each output or one for each run of `format.group` inputs of an output.
-    outputs_first: whether w is [O, I] (a tied head) and not [I, O].
+    x:             [N, I], numbers, or codes with one scale for each token or one for all.
+    w:             [I, O], or [O, I] with `outputs_first` (a tied head); with one scale for all, one for each output or one for each run of `format.group` inputs
+                   of an output.
     shape:         of the result, [N, O] before.
     """
 
-    x_NI: jax.Array
+    x: Any
     w: QTensor
     outputs_first: bool
     shape: tuple[int, ...]
 
 
 def outputs_first(equation: str) -> bool | None:
-    """Whether the summed letters are the weight's last ones; None where they are neither these nor the first, or letters change their order."""
+    """Whether the summed letters are the weight's last ones (True) or its first ones (False); None of what is no product of matrices."""
     left, right, out = split_einsum(equation)
     inner = contracted(equation)
-    tokens, outer = left.removesuffix(inner), right.removeprefix(inner)
-    if inner and left == tokens + inner and right == inner + outer and out == tokens + outer:
+    tokens = left.removesuffix(inner)
+    for outer, last in ((right.removeprefix(inner), False), (right.removesuffix(inner), True)):
+        if inner and left == tokens + inner and out == tokens + outer:
+            return last
+    return None
+
+
+def fits(equation: str, w: QTensor) -> bool:
+    """Whether the product is one of matrices whose scales are rows and columns, too: groups must not end inside a dim that is joined with another."""
+    last, inner = outputs_first(equation), len(contracted(equation))
+    if last is None:
         return False
-    outer = right.removesuffix(inner)
-    return True if inner and left == tokens + inner and right == outer + inner and out == tokens + outer else None
-
-
-def matrices(equation: str, x: jax.Array, w: QTensor) -> Matrices | None:
-    """The product as matrices; None where it is none, or where groups end inside a row of what becomes one dim."""
-    turned = outputs_first(equation)
-    inner = len(contracted(equation))
-    if turned is None or (w.format.granularity != "tensor" and w.axes != _summed_axes(w.ndim, inner, turned)):
-        return None
+    summed = tuple(range(-inner, 0)) if last else tuple(range(-w.ndim, inner - w.ndim))
     group = w.format.group
-    if group is not None and inner > 1 and w.shape[w.axes[-1]] % group:
-        return None
-    split = w.ndim - inner if turned else inner
-
-    def flat(t: Any) -> Any:
-        return None if t is None else t.reshape(math.prod(t.shape[:split]), math.prod(t.shape[split:]))
-
-    axes = (-2, -1) if w.format.granularity == "tensor" else (-1,) if turned else (-2,)
-    packed = QTensor(flat(w.q), flat(w.scale), flat(w.zero), w.format, axes, w.dtype)
-    tokens = x.shape[: x.ndim - inner]
-    outer = w.shape[:split] if turned else w.shape[split:]
-    return Matrices(x.reshape(math.prod(tokens), -1), packed, turned, (*tokens, *outer))
+    whole = group is None or inner == 1 or w.shape[w.axes[-1]] % group == 0
+    return w.format.granularity == "tensor" or (w.axes == summed and whole)
 
 
-def _summed_axes(ndim: int, inner: int, turned: bool) -> tuple[int, ...]:
-    axes: Sequence[int] = range(-inner, 0) if turned else range(-ndim, inner - ndim)
-    return tuple(axes)
+def matrices(equation: str, x: Any, w: QTensor) -> Matrices:
+    """The product as matrices, where it `fits`."""
+    last, inner = outputs_first(equation), len(contracted(equation))
+    assert last is not None
+    tokens, split = x.shape[: x.ndim - inner], w.ndim - inner if last else inner
+    outer = w.shape[:split] if last else w.shape[split:]
+    if is_qtensor(x):
+        x = _flat(x, len(tokens), (-1,))
+    else:
+        x = x.reshape(math.prod(tokens), -1)
+    return Matrices(x, _flat(w, split, (-1,) if last else (-2,)), last, (*tokens, *outer))
+
+
+def _flat(t: QTensor, split: int, axes: tuple[int, ...]) -> QTensor:
+    """Dims before and after `split` as one each; of scales too, which have the dims of codes."""
+
+    def flat(x: Any) -> Any:
+        return None if x is None else x.reshape(math.prod(x.shape[:split]), math.prod(x.shape[split:]))
+
+    axes = (-2, -1) if t.format.granularity == "tensor" else axes
+    return QTensor(flat(t.q), flat(t.scale), flat(t.zero), t.format, axes, t.dtype)
