@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lmeff.core.dims import contracted, split_einsum
-from lmeff.core.numerics import QFormat, QTensor, dequantize, is_qtensor
+from lmeff.core.numerics import QFormat, QTensor, dequantize, is_qtensor, pair
 from lmeff.kernels.blocks import blocked_product
 from lmeff.kernels.matrix import fits, matrices, outputs_first
 
@@ -30,6 +30,7 @@ class Product:
     """What the table goes by: a product on one device.
 
     tokens, inputs, outputs: N, I and O.
+    paired:                  whether the weight's codes are two a byte.
     dtype:                   of the activations; of what was quantized, if they are codes.
     activations:             their format; None of floating ones.
     """
@@ -40,6 +41,7 @@ class Product:
     outputs: int
     outputs_first: bool
     weights: QFormat
+    paired: bool
     dtype: str
     activations: QFormat | None = None
 
@@ -68,10 +70,28 @@ def form_of(platform: str, equation: str, x: Any, w: QTensor, ways: Mapping[str,
             outputs=math.prod(size[c] for c in right if c not in inner),
             outputs_first=bool(outputs_first(equation)),
             weights=w.format,
+            paired=w.paired,
             dtype=x.dtype if is_qtensor(x) else jnp.dtype(x.dtype).name,
             activations=activations,
         )
     )
+
+
+def stored_for(platform: str, tree: Any) -> Any:
+    """Packed leaves as a platform's forms read them best: on CPUs two codes of at most 4 bits a byte. Outside of jit, once: what is served many times."""
+    if platform != "cpu":
+        return tree
+    paired = jax.jit(pair)
+
+    def leaf(x: Any) -> Any:
+        return paired(x) if is_qtensor(x) and _pairs(x) else x
+
+    return jax.tree.map(leaf, tree, is_leaf=is_qtensor)
+
+
+def _pairs(t: QTensor) -> bool:
+    group = t.format.group if t.axes[-1] == -1 else None
+    return t.q.dtype == jnp.int4 and t.shape[-1] % 2 == 0 and (group or 2) % 2 == 0
 
 
 def choose(product: Product) -> str:
@@ -92,8 +112,8 @@ def _log(line: str) -> None:
 
 
 def _on_cpu(product: Product) -> str:
-    # More tokens pay for a weight in float32.
-    return "blocks" if product.tokens <= FEW_ON_CPU else PLAIN
+    # More tokens pay for a weight in float32; not where XLA would put pairs of codes back in order.
+    return "blocks" if product.tokens <= FEW_ON_CPU or product.paired else PLAIN
 
 
 def _blocks(x: Any, w: QTensor, outputs_first: bool) -> jax.Array:
