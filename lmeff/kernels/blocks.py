@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lmeff.core.numerics import QTensor, dequantize, halves
 
-BLOCK_BYTES = 3 << 20  # of a block in float32
+BLOCK_BYTES = 4 << 20  # of a block in float32
 SHORT = 64  # rows of a block: with fewer, loops cost more than reading columns, which are not contiguous
 UNROLLED = 4  # so few blocks are written out: a loop would first copy the layer's codes out of the stack
 
@@ -78,15 +78,18 @@ def halves_of(w: QTensor) -> tuple[QTensor, QTensor]:
 
 def multiply(x_NI: jax.Array, w: QTensor, outputs_first: bool) -> jax.Array:
     """Tokens times a matrix turned into numbers, in one piece."""
-    if not w.paired:
-        values = dequantize(w).astype(jnp.float32)
-        # Written so and not as an einsum: XLA then reads the codes of one token's product as it multiplies.
-        return x_NI @ (values.T if outputs_first else values)
-    even, odd = halves_of(w)
-    if outputs_first:
-        return multiply(x_NI[:, ::2], even, True) + multiply(x_NI[:, 1::2], odd, True)
-    both_NO2 = jnp.stack([multiply(x_NI, even, False), multiply(x_NI, odd, False)], -1)
-    return both_NO2.reshape(x_NI.shape[0], -1)
+    if w.paired:
+        return _multiply_pairs(x_NI, w, outputs_first)
+    values = dequantize(w).astype(jnp.float32)
+    # Written so and not as an einsum: XLA then reads the codes of one token's product as it multiplies.
+    return x_NI @ (values.T if outputs_first else values)
+
+
+def _multiply_pairs(x_NI: jax.Array, w: QTensor, outputs_first: bool) -> jax.Array:
+    even, odd = (dequantize(half).astype(jnp.float32) for half in halves_of(w))
+    if outputs_first:  # as an einsum: halves of bytes are better not read as XLA multiplies
+        return jnp.einsum("NI,OI->NO", x_NI[:, ::2], even) + jnp.einsum("NI,OI->NO", x_NI[:, 1::2], odd)
+    return jnp.stack([x_NI @ even, x_NI @ odd], -1).reshape(x_NI.shape[0], -1)
 
 
 def blocked_product(x_NI: jax.Array, w: QTensor, outputs_first: bool) -> jax.Array:
