@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -51,7 +51,11 @@ class TensorWriter:
         self._missing = dict(specs)
         self._places: dict[str, TensorInfo] = {}
         self._lock = -1
-        if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
+        try:
+            taken = self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir()))
+        except OSError as error:
+            self._fail(error)
+        if taken:
             refuse(self.path, "something there already", "a new folder", "Choose another place, or remove it.")
 
     def __enter__(self) -> "TensorWriter":
@@ -118,7 +122,7 @@ class TensorWriter:
             os.close(self._lock)
             self._lock = -1
 
-    def _fail(self, error: OSError) -> None:
+    def _fail(self, error: OSError) -> NoReturn:
         raise CheckpointError(
             f"{self.path}: could not be written ({error.strerror}); nothing is left of it. See that its disk has room and may be written."
         ) from error

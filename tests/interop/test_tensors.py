@@ -249,6 +249,10 @@ class TestDamagedFile:
         with pytest.raises(CheckpointError, match="other than 0 and 1"):
             found.read("a")
 
+    def test_a_pipe_is_not_waited_for(self, tmp_path):
+        os.mkfifo(tmp_path / "model.safetensors")
+        refused(tmp_path / "model.safetensors", "no regular file")
+
     def test_what_is_not_there_and_what_is_a_pickle(self, tmp_path):
         refused(tmp_path / "absent", "nothing there")
         put(tmp_path, "pytorch_model.bin", b"\x80\x02")
@@ -316,6 +320,15 @@ class TestDamagedFolder:
     def test_an_index_that_is_none(self, tmp_path, text):
         put(sharded(tmp_path), "model.safetensors.index.json", text)
         refused(tmp_path, "model.safetensors.index.json")
+
+    def test_an_index_over_the_cap(self, tmp_path):
+        os.truncate(sharded(tmp_path) / "model.safetensors.index.json", container.HEADER_CAP + 1)
+        refused(tmp_path, "model.safetensors.index.json", "100,000,001 bytes")
+
+    def test_a_shard_that_is_a_folder(self, tmp_path):
+        (sharded(tmp_path) / "two.safetensors").unlink()
+        (tmp_path / "two.safetensors").mkdir()
+        refused(tmp_path, "two.safetensors", "no regular file")
 
     def test_a_damaged_shard_is_named(self, tmp_path):
         put(sharded(tmp_path), "two.safetensors", b"<html>")
