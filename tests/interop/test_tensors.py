@@ -253,6 +253,12 @@ class TestDamagedFile:
         os.mkfifo(tmp_path / "model.safetensors")
         refused(tmp_path / "model.safetensors", "no regular file")
 
+    @pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+    def test_a_header_whose_length_begins_as_a_pickle_does(self, tmp_path, length):
+        text = json.dumps({"x": ENTRY}).encode().ljust(length)
+        assert raw(text)[:2] in (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
+        assert open_tensors(put(tmp_path, "model.safetensors", raw(text)))["x"].shape == (2, 3)
+
     def test_what_is_not_there_and_what_is_a_pickle(self, tmp_path):
         refused(tmp_path / "absent", "nothing there")
         put(tmp_path, "pytorch_model.bin", b"\x80\x02")
