@@ -73,7 +73,7 @@ def forget() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(folder: Path, mesh: dict[str, int], how: str) -> dict[str, Any]:
+def measure(folder: Path, mesh: dict[str, Any], how: str) -> dict[str, Any]:
     """In a process of its own: imports leaf by leaf, and notes how far memory rose above what there was at first and the arrays so far."""
     layout, cfg, tensors = make_layout(MeshPlan(**mesh)), hf.read_config(folder), open_tensors(folder)
     family = choose(cfg, "llama", folder)
@@ -105,7 +105,7 @@ def _same(a: Tensors, b: Tensors) -> bool:
     return set(a) == set(b) and all(a.read(name).tobytes() == b.read(name).tobytes() for name in a)
 
 
-CASES: dict[str, tuple[str, int, dict[str, int]]] = {
+CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "one device": ("placed", 1, {}),
     "fsdp 4 x tensor 2": ("placed", 8, {"fsdp": 4, "tensor": 2}),
     "one device, np.stack": ("stacked", 1, {}),

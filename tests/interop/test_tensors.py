@@ -145,7 +145,9 @@ class TestRoundTrip:
         write_tensors(tmp_path / "m", tensors, tensors.__getitem__)
         assert all(info.start % info.dtype.itemsize == 0 for info in open_tensors(tmp_path / "m").values())
 
-    def test_arrays_of_jax_and_turned_ones_are_written_in_order(self, tmp_path):
+    @pytest.mark.parametrize("copied", [1 << 20, 40, 1], ids=["at once", "some rows", "a row"])
+    def test_arrays_of_jax_and_turned_ones_are_written_in_order(self, tmp_path, monkeypatch, copied):
+        monkeypatch.setattr(tensor_writer, "COPY_BYTES", copied)
         turned = values(np.int32, (3, 5)).T
         specs = {"a": jax.ShapeDtypeStruct((5, 3), np.int32), "b": jax.ShapeDtypeStruct((5, 3), np.int32)}
         with TensorWriter(tmp_path / "m", specs) as writer:
@@ -416,7 +418,7 @@ class TestAtomic:
         def full(*args):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(os, "pwrite", full)
+        monkeypatch.setattr(os, "write", full)
         with pytest.raises(CheckpointError, match=r"m: could not be written \(No space left on device\)"):
             write_tensors(tmp_path / "m", self.SPECS, lambda name: self.VALUE)
         assert [*tmp_path.iterdir()] == []
