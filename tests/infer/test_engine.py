@@ -122,7 +122,8 @@ def test_rows_do_not_know_their_neighbours(name):
     single = make_engine(model, batch=1, length=LENGTH, cache=F32)
     for row in range(4):
         alone, _ = replayed(single, tokens[row : row + 1], PROMPTS[row : row + 1], 6)
-        np.testing.assert_allclose(together[:, row], alone[:, 0], atol=2e-6)
+        np.testing.assert_allclose(together[:, row], alone[:, 0], atol=5e-6)
+        np.testing.assert_array_equal(together[:, row].argmax(-1), alone[:, 0].argmax(-1))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import numpy as np
 
 from lmeff.core.batch import Batch
 from lmeff.core.precision import Policy
+from lmeff.core.specs import ParamSpec
+from lmeff.core.tree import map_with_path
 from lmeff.infer.served import Served
 from lmeff.models.config import ModelConfig, MoE, preset
 from lmeff.models.transformer import forward, param_specs, project
