@@ -10,6 +10,7 @@ from lmeff.core.errors import ConfigError
 from lmeff.core.precision import parse
 from lmeff.data.config import vocab_size
 from lmeff.models.config import ModelConfig
+from lmeff.models.legal import check_context
 from lmeff.models.remat import parse as parse_remat
 from lmeff.models.transformer import param_specs, sites
 from lmeff.parallel.compressed import Reduce
@@ -182,6 +183,7 @@ def _check_shape(experiment: Experiment, stage: Stage, cfg: ModelConfig, degrees
             f"{where}: the model has a vocabulary of {cfg.vocab} and the tokenizer '{experiment.data.tokenizer}' makes {needed} ids; "
             f"expected at least as many. Set model.vocab to {needed} or more."
         )
+    check_context(cfg, experiment.data.sequence, f"{where}: data.sequence")
     check_cuts(experiment.mesh.sequence, cfg, degrees, where)
 
 
