@@ -16,6 +16,7 @@ from lmeff.models.mask import Mask
 from lmeff.parallel.context import context_attention
 from lmeff.parallel.experts import spread
 from lmeff.parallel.mesh import WHOLE, Layout
+from lmeff.parallel.packed import packed_on
 
 
 def layout_ops(layout: Layout, numerics: Numerics = FLOATING, product: Einsum = plain_einsum) -> MakeOps:
@@ -27,6 +28,7 @@ def layout_ops(layout: Layout, numerics: Numerics = FLOATING, product: Einsum = 
         embed=functools.partial(_embed, layout),
         spread=functools.partial(spread, layout),
         product=product,
+        packed=functools.partial(packed_on, layout),
         cached=functools.partial(_cached, layout),
     )
 
