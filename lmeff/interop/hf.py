@@ -56,11 +56,11 @@ def load(folder: Path, layout: Layout, dtype: Any = None) -> tuple[ModelConfig, 
     cfg = read_config(folder)
     family = family_of(folder, read_file(folder))
     tensors = open_tensors(Path(folder))
-    leaves = located(family, cfg, _prefix(family, tensors))
+    leaves = located(family, cfg, tensor_prefix(family, tensors))
     _check(tensors, leaves, cfg, family, Path(folder))
 
     def leaf(path: str, spec: ParamSpec) -> jax.Array:
-        return _read_leaf(tensors, spec, leaves[path][1], cfg, layout, dtype)
+        return read_leaf(tensors, spec, leaves[path][1], cfg, layout, dtype)
 
     return cfg, map_with_path(leaf, param_specs(cfg))
 
@@ -88,14 +88,14 @@ def export(
     leaves, flat = located(chosen, cfg, chosen.prefixes[0]), flatten(params)
     _check_params(flat, cfg, folder)
     found = pieces({path: (spec.letters, stored) for path, (spec, stored) in leaves.items()}, sizes_of(cfg))
-    kinds = {name: _dtype([flat[piece.path] for piece in parts], dtype) for name, parts in found.items()}
+    kinds = {name: stored_dtype([flat[piece.path] for piece in parts], dtype) for name, parts in found.items()}
     specs = {
         n: jax.ShapeDtypeStruct(stored_shape(parts[0].stored, sizes_of(cfg)), kinds[n]) for n, parts in found.items()
     }
     text = text_of(
         chosen, cfg, max(map(str, kinds.values()), key=[*map(str, kinds.values())].count), keep or {}, folder
     )
-    files = _checked_files(tokenizer_files, folder)
+    files = checked_files(tokenizer_files, folder)
     options = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
     first = jax.process_index() == 0
     with TensorWriter(folder, specs, **options) if first else contextlib.nullcontext() as writer:
@@ -125,15 +125,17 @@ def located(family: Family, cfg: ModelConfig, prefix: tuple[str, str]) -> dict[s
     return {path: (spec, at(family.leaves[path])) for path, spec in flatten(param_specs(cfg)).items()}
 
 
-def _prefix(family: Family, tensors: Tensors) -> tuple[str, str]:
+def tensor_prefix(family: Family, tensors: Tensors) -> tuple[str, str]:
+    """What stands before the names of this checkpoint's tensors, of the body and of the head."""
     table = family.leaves["embed/table"].name
     fitting = [prefix for prefix in family.prefixes if table.replace("{body}", prefix[0]) in tensors]
     return (fitting or list(family.prefixes))[0]
 
 
-def _read_leaf(
+def read_leaf(
     tensors: Tensors, spec: ParamSpec, stored: Stored, cfg: ModelConfig, layout: Layout, dtype: Any
 ) -> jax.Array:
+    """A parameter, its shards read from the files; `dtype` None keeps what is stored."""
     sizes, letters = sizes_of(cfg), spec.letters
     if dtype is None:
         dtype = np.result_type(*{tensors[name].dtype for name, _ in names(stored, letters, sizes)})
@@ -153,7 +155,7 @@ def _check(
     sizes = sizes_of(cfg)
     found = pieces({path: (spec.letters, stored) for path, (spec, stored) in leaves.items()}, sizes)
     missing = [name for name in found if name not in tensors]
-    unknown = [name for name in tensors if name not in found and not _known(name, family)]
+    unknown = [name for name in tensors if name not in found and not is_ignored(name, family)]
     if cfg.tied:
         unknown = [name for name in unknown if not _is_tied_head(name, tensors, leaves, family, folder)]
     if missing or unknown:
@@ -175,7 +177,8 @@ def _check(
             )
 
 
-def _known(name: str, family: Family) -> bool:
+def is_ignored(name: str, family: Family) -> bool:
+    """Whether a tensor is known to say nothing of the language model."""
     return any(re.fullmatch(pattern, name) for pattern in (ROTARY, *family.ignored))
 
 
@@ -226,11 +229,13 @@ def _check_params(flat: Mapping[str, Any], cfg: ModelConfig, folder: Path) -> No
             )
 
 
-def _dtype(parts: Sequence[jax.Array], dtype: Any) -> np.dtype:
+def stored_dtype(parts: Sequence[jax.Array], dtype: Any) -> np.dtype:
+    """The dtype that these leaves are written in: `dtype`, or their own."""
     return np.dtype(dtype) if dtype is not None else np.result_type(*{part.dtype for part in parts})
 
 
-def _checked_files(files: Iterable[Path], folder: Path) -> list[Path]:
+def checked_files(files: Iterable[Path], folder: Path) -> list[Path]:
+    """Files of a tokenizer to lie beside the weights; raises `ConfigError` where one cannot."""
     paths = [Path(file) for file in files]
     for path in paths:
         if not path.is_file():
