@@ -7,7 +7,9 @@ Source of the affine scheme: Jacob et al. 2018, https://arxiv.org/abs/1712.05877
 E4M3 of Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433: 4 bits of exponent, 3 of mantissa, no infinity, up to 448.
 """
 
+import dataclasses
 import functools
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +134,12 @@ class QTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the values."""
-        return self.q.shape
+        return (*self.q.shape[:-1], 2 * self.q.shape[-1]) if self.paired else self.q.shape
+
+    @property
+    def paired(self) -> bool:
+        """Whether `q` holds two codes a byte (uint8), 2i low and 2i + 1 high along the last dim: what CPUs read fast, whose int4 XLA widens one by one."""
+        return self.q.dtype == jnp.uint8
 
     @property
     def ndim(self) -> int:
@@ -143,6 +150,24 @@ class QTensor:
 def is_qtensor(x: Any) -> bool:
     """Whether a leaf is packed; use as `is_leaf`."""
     return isinstance(x, QTensor)
+
+
+def pair(t: QTensor) -> QTensor:
+    """The same tensor with two codes a byte. Its last dim must be even and its codes of at most 4 bits."""
+    low, high = (t.q[..., i::2].astype(jnp.int8).astype(jnp.uint8) for i in (0, 1))
+    return dataclasses.replace(t, q=(low & 0xF) | (high << 4))
+
+
+def halves(q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The low and the high codes of bytes, int8."""
+    signed = jax.lax.bitcast_convert_type(q, jnp.int8)
+    return (signed << 4) >> 4, signed >> 4  # shifts to the right keep the sign
+
+
+def codes_of(t: QTensor, q: jax.Array | None = None) -> jax.Array:
+    """Codes, each a number of its own; `q` are some rows of `t.q`."""
+    q = t.q if q is None else q
+    return jnp.stack(halves(q), -1).reshape(*q.shape[:-1], -1) if t.paired else q
 
 
 def _pad_to_groups(x: jax.Array, axis: int, group: int) -> jax.Array:
@@ -236,7 +261,7 @@ def quantize(
 def dequantize(t: QTensor) -> jax.Array:
     """`(q - zero) * scale` in float32, rounded once to the tensor's dtype."""
     scale, zero = (None if x is None else expand(x, t.format, t.axes, t.shape) for x in (t.scale, t.zero))
-    return affine(t.q, scale, zero).astype(t.dtype)
+    return affine(codes_of(t), scale, zero).astype(t.dtype)
 
 
 def affine(q: Any, scale: Any, zero: Any = None) -> jax.Array:
@@ -299,7 +324,7 @@ def fake_quantize_min_max(w: jax.Array, format: QFormat, axes: tuple[int, ...]) 
 
 def stored_bits(t: QTensor) -> int:
     """Bits of the packed tensor as stored: codes at their storage width, scales (32 bits), zero points (8 bits)."""
-    sizes = [(t.q.size, t.format.width), (t.scale.size, 32)]
+    sizes = [(math.prod(t.shape), t.format.width), (t.scale.size, 32)]
     if t.zero is not None:
         sizes.append((t.zero.size, 8))
     return sum(size * bits for size, bits in sizes)

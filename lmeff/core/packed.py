@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lmeff.core.dims import contracted, split_einsum
-from lmeff.core.numerics import QFormat, QTensor
+from lmeff.core.numerics import QFormat, QTensor, codes_of
 
 GROUP = "z"  # the position within a group; letters of tensors are capitals, so it cannot collide
 
@@ -36,8 +36,8 @@ def packed_einsum(equation: str, x: QTensor, w: QTensor) -> jax.Array:
     assert are_integers(x.format, w.format), (x.format, w.format)
     left, right, out = split_einsum(equation)
     summed = contracted(equation)
-    lhs = _Operand(x.q.astype(jnp.int8), left, x, left)
-    rhs = _Operand(w.q.astype(jnp.int8), right, w, right)
+    lhs = _Operand(codes_of(x).astype(jnp.int8), left, x, left)
+    rhs = _Operand(codes_of(w).astype(jnp.int8), right, w, right)
     if w.format.granularity != "group":
         count = jnp.int32(math.prod(w.shape[right.index(letter)] for letter in summed)).reshape((1,) * len(out))
         return _scaled(lhs, rhs, out, summed, count)

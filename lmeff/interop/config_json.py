@@ -8,7 +8,7 @@ from typing import Any
 
 from lmeff.core.errors import CheckpointError, ConfigError
 from lmeff.interop.families import FAMILIES, Family
-from lmeff.interop.keys import INERT, KINDS, MUST, Keys, accept, check_kinds, shown
+from lmeff.interop.keys import INERT, KINDS, MUST, NOTHING, Keys, accept, check_kinds, shown
 from lmeff.models.config import ModelConfig
 
 NAME = "config.json"
@@ -58,18 +58,18 @@ def config_of(family: Family, values: Mapping[str, Any], file: str) -> ModelConf
     v = Keys(file=file, family=family.name, values=_renamed(family, values, file))
     accept(v, MUST | dict(family.must))
     if unknown := sorted(v.values.keys() - family.keys - family.must.keys() - MUST.keys() - family.inert - INERT):
-        raise v.refused(unknown[0], "no such key: what it changes is not known")
+        raise v.unknown(unknown[0])
     v = dataclasses.replace(v, values={**family.defaults, **v.values})
     check_kinds(v, {key: kind for key, kind in KINDS.items() if key in family.keys})
     fields = dict(family.fixed)
-    for lens in family.lenses:
-        fields |= lens.read(v)
-    if fields.get("window") is None:
-        fields.pop("rope_local_theta", None)  # of layers that there are none of
     try:
+        for lens in family.lenses:
+            fields |= lens.read(v)
+        if fields.get("window") is None:
+            fields.pop("rope_local_theta", None)  # of layers that there are none of
         return ModelConfig(**fields)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
+    except ConfigError as error:  # those of the model's own checks do not know the file
+        raise error if str(error).startswith(file) else ConfigError(f"{file}: {error}") from error
 
 
 def _inner(family: Family, values: Mapping[str, Any], file: str) -> dict[str, Any]:
@@ -79,10 +79,10 @@ def _inner(family: Family, values: Mapping[str, Any], file: str) -> dict[str, An
     outer = Keys(file=file, family=family.name, values=values)
     accept(outer, MUST | dict(family.must))
     if unknown := sorted(values.keys() - family.around - MUST.keys() - INERT):
-        raise outer.refused(unknown[0], "no such key: what it changes is not known")
+        raise outer.unknown(unknown[0])
     inner = values.get(key)
     if not isinstance(inner, dict):
-        raise outer.refused(key, "the language model's own config", "nothing" if inner is None else inner)
+        raise outer.refused(key, "the language model's own config", NOTHING if inner is None else inner)
     if inner.get("model_type", inner_name) != inner_name:
         raise outer.refused(f"{key}.model_type", f'"{inner_name}"', inner["model_type"])
     return inner
@@ -158,7 +158,7 @@ def choose(cfg: ModelConfig, family: str | None, where: Path) -> Family:
     named = [FAMILIES[family]] if family is not None else [each for each in FAMILIES.values() if each.part is None]
     candidates = [FAMILIES[each.part[1]] if each.part is not None else each for each in named]
     missing = {each.name: unsaid(each, cfg) for each in candidates}
-    nearest = min(missing, key=lambda name: len(missing[name]))
+    nearest = min(missing, key=lambda name: (bool(missing[name]), len("; ".join(missing[name]))))
     if missing[nearest]:
         who = (
             f"family '{nearest}'" if family is not None else f"no family of Hugging Face's (the nearest is '{nearest}')"

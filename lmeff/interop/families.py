@@ -89,6 +89,14 @@ def whole_heads(cfg: ModelConfig) -> str | None:
     return None
 
 
+def heads_of_longrope(cfg: ModelConfig) -> str | None:
+    """Phi-3's config counts the divisors of its rotation by width / heads, whatever the head's own width is."""
+    scaled, expected = cfg.rope_scaling is not None, cfg.width // cfg.heads
+    if scaled and cfg.head_size != expected:
+        return f"model.head_width = {cfg.head_size}, of which longrope wants model.width / model.heads = {expected}"
+    return None
+
+
 _GEMMA_FIXED = {"norm_plus_one": True, "norm_at": "both"}
 _GEMMA_MUST = {
     "hidden_act": ("gelu_pytorch_tanh",),
@@ -250,6 +258,7 @@ _ROWS = (
             "interpolate_factor": (1,),
         },
         leaves=PHI3_LEAVES,
+        limit=heads_of_longrope,
     ),
     Family(
         name="gpt2",

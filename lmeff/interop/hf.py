@@ -7,6 +7,7 @@ part of a leaf is read from the part of the files that holds it. An export is th
 import contextlib
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lmeff.interop.config_json import IDS, NAME, choose, config_of, family_of, r
 from lmeff.interop.families import Family
 from lmeff.interop.place import fetch_tensor, place_leaf
 from lmeff.interop.stored import Stored, named, names, outermost, pieces, read_part, stored_shape, stored_value
+from lmeff.interop.tensor_writer import SHARD_BYTES
 from lmeff.interop.tensors import Tensors, TensorWriter, open_tensors
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
@@ -74,7 +76,7 @@ def export(
     tokenizer_files: Iterable[Path] = (),
     dtype: Any = None,
     keep: Mapping[str, Any] | None = None,
-    shard_bytes: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Family:
     """Writes a model as a new folder that transformers opens; the folder appears whole or not at all. Gives the family it was written as.
 
@@ -92,13 +94,11 @@ def export(
     specs = {
         n: jax.ShapeDtypeStruct(stored_shape(parts[0].stored, sizes_of(cfg)), kinds[n]) for n, parts in found.items()
     }
-    text = text_of(
-        chosen, cfg, max(map(str, kinds.values()), key=[*map(str, kinds.values())].count), keep or {}, folder
-    )
+    usual = Counter(map(str, kinds.values())).most_common(1)[0][0]
+    text = text_of(chosen, cfg, usual, keep or {}, folder)
     files = checked_files(tokenizer_files, folder)
-    options = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
     first = jax.process_index() == 0
-    with TensorWriter(folder, specs, **options) if first else contextlib.nullcontext() as writer:
+    with TensorWriter(folder, specs, shard_bytes=shard_bytes) if first else contextlib.nullcontext() as writer:
         for name, parts in found.items():
             value = stored_value(parts, lambda path, at: fetch_tensor(flat[path], *at), sizes_of(cfg))
             if writer is not None:
@@ -195,11 +195,10 @@ def _is_tied_head(
     table = leaves["embed/table"][1].name
     if name not in heads or table not in tensors:
         return False
+    rows = tensors[table].shape[0]
+    parts = [(slice(i, min(i + ROWS, rows)),) for i in range(0, rows, ROWS)]
     same = tensors[name].shape == tensors[table].shape and all(
-        np.array_equal(
-            *(tensors.read(each, (slice(i, min(i + ROWS, tensors[table].shape[0])),)) for each in (name, table))
-        )
-        for i in range(0, tensors[table].shape[0], ROWS)
+        np.array_equal(tensors.read(name, part), tensors.read(table, part)) for part in parts
     )
     if not same:
         raise CheckpointError(

@@ -15,6 +15,8 @@ from typing import Any
 from lmeff.core.errors import ConfigError
 from lmeff.models.config import ModelConfig
 
+NOTHING = object()  # in place of a value that is not there
+
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
@@ -29,11 +31,17 @@ class Keys:
         return self.values[key]
 
     def refused(self, key: str, expected: str, value: Any = None) -> ConfigError:
-        """The error of a value that lmeff has no maths for."""
+        """The error of a value that lmeff has no maths for; `value` where it is not the key's own, `NOTHING` where there is none."""
         got = shown(self.values.get(key) if value is None else value)
         return ConfigError(
-            f"{self.file}: {key}: got {got}, expected {expected}, which is what lmeff computes for model_type '{self.family}'; "
-            "another value would be another model, so nothing is loaded."
+            f"{self.file}: {key}: got {got}, expected {expected} for model_type '{self.family}'; lmeff would compute another model, so nothing is loaded."
+        )
+
+    def unknown(self, key: str) -> ConfigError:
+        """The error of a key that nobody has said anything of."""
+        return ConfigError(
+            f"{self.file}: {key}: got {shown(self.values[key])}, expected no such key for model_type '{self.family}': what it changes is not known, so nothing "
+            "is loaded. Delete it from the file if it changes nothing."
         )
 
 
@@ -53,7 +61,7 @@ class Lens:
 
 def shown(value: Any, limit: int = 60) -> str:
     """A value as it stands in the file, cut short."""
-    text = json.dumps(value)
+    text = "nothing" if value is NOTHING else json.dumps(value)
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
@@ -189,7 +197,7 @@ _FILE = (
     "model_type architectures transformers_version torch_dtype dtype auto_map _name_or_path name_or_path _commit_hash custom_pipelines "
     "transformers.js_config unsloth_version unsloth_fixed tokenizer_class prefix torchscript tf_legacy_loss use_bfloat16 return_dict "
     "_attn_implementation attn_implementation _attn_implementation_autoset _experts_implementation chunk_size_feed_forward is_decoder "
-    "tie_last_hidden_states "
+    "tie_last_hidden_states tokenizer_model_max_length tokenizer_padding_side "
     "pretraining_tp"  # how a product is split, not what it is
 )
 _TRAINING = (

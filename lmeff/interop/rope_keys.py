@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lmeff.core.errors import ConfigError
-from lmeff.interop.keys import Keys, Lens, check_kinds
+from lmeff.interop.keys import NOTHING, Keys, Lens, check_kinds
 from lmeff.models.config import ModelConfig, RopeScaling
 
 ROPE_KEYS = (
@@ -152,7 +152,7 @@ def _one(v: Keys, rope: Mapping[str, Any], where: str, kinds: Mapping[str, str])
     if kind == "default":
         return {"rope_theta": float(theta), "rope_scaling": None}
     if kind != "longrope" and kind != "yarn" and "factor" not in checked:
-        raise v.refused(f"{where}.factor", "a number above 0", "nothing")
+        raise v.refused(f"{where}.factor", "a number above 0", NOTHING)
     return {"rope_theta": float(theta), "rope_scaling": READ[kind](_original(v, checked, where, kind), v)}
 
 
@@ -162,10 +162,10 @@ def _original(v: Keys, rope: dict[str, Any], where: str, kind: str) -> dict[str,
     original = v["max_position_embeddings"] if kind == "dynamic" or given is None else given
     for name in ("short_factor", "long_factor") if kind == "longrope" else ():
         if name not in rope:
-            raise v.refused(f"{where}.{name}", "a list of numbers", "nothing")
+            raise v.refused(f"{where}.{name}", "a list of numbers", NOTHING)
     for name in ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ():
         if name not in rope:
-            raise v.refused(f"{where}.{name}", "a number above 0", "nothing")
+            raise v.refused(f"{where}.{name}", "a number above 0", NOTHING)
     return {"factor": v["max_position_embeddings"] / original, **rope, "original": original}
 
 

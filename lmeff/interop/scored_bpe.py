@@ -1,6 +1,6 @@
 """The tokenizer.bin of llama2.c: pieces with scores, as SentencePiece trains them, merged best score first (https://github.com/karpathy/llama2.c, run.c).
 
-A text begins with a space that is not its own; what no piece spells becomes bytes, pieces named `<0xNN>`.
+A text begins with a space that is not its own; a character that is no piece becomes bytes, pieces named `<0xNN>`, or `unk` where there are none.
 """
 
 import heapq
@@ -57,9 +57,12 @@ class ScoredBpe:
         if not text:
             return np.zeros(0, np.int32)
         ids: list[int] = []
-        for char in (SPACE, *(char.encode("utf-8", "surrogatepass") for char in text)):
+        for char in (SPACE, *(char.encode(errors="replace") for char in text)):
             known = self._ids.get(char)
-            ids += [known] if known is not None else [self._of_byte.get(byte, self.unk) for byte in char]
+            if known is not None:
+                ids.append(known)
+            else:
+                ids += [self._of_byte[byte] for byte in char] if self._of_byte else [self.unk]
         return np.asarray(self._merged(ids), np.int32)
 
     def _merged(self, ids: list[int]) -> list[int]:

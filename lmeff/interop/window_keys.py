@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from lmeff.interop.keys import Keys, Lens
+from lmeff.interop.keys import NOTHING, Keys, Lens
 from lmeff.interop.rope_keys import FULL, SLIDING
 from lmeff.models.config import ModelConfig
 
@@ -85,6 +85,6 @@ def _of_kinds(v: Keys, window: int | None, is_full: Callable[[int], bool]) -> di
         return {"window": None, "full_layers": ()}
     if window is None:
         raise v.refused(
-            "sliding_window", f"a whole number, since {layers - len(full)} layers are of the kind {SLIDING}", "nothing"
+            "sliding_window", f"a whole number, since {layers - len(full)} layers are of the kind {SLIDING}", NOTHING
         )
     return {"window": window, "full_layers": full}

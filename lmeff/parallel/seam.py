@@ -10,10 +10,13 @@ from lmeff.core.dims import split_einsum
 from lmeff.core.numerics import is_qtensor
 from lmeff.core.ops import FLOATING, Einsum, MakeOps, Numerics, lookup, make_ops, plain_einsum
 from lmeff.models.attention import attention
+from lmeff.models.cache import Stack, stack_letters
+from lmeff.models.cached import How, New, cached_attention
 from lmeff.models.mask import Mask
 from lmeff.parallel.context import context_attention
 from lmeff.parallel.experts import spread
 from lmeff.parallel.mesh import WHOLE, Layout
+from lmeff.parallel.packed import packed_on
 
 
 def layout_ops(layout: Layout, numerics: Numerics = FLOATING, product: Einsum = plain_einsum) -> MakeOps:
@@ -25,6 +28,8 @@ def layout_ops(layout: Layout, numerics: Numerics = FLOATING, product: Einsum = 
         embed=functools.partial(_embed, layout),
         spread=functools.partial(spread, layout),
         product=product,
+        packed=functools.partial(packed_on, layout),
+        cached=functools.partial(_cached, layout),
     )
 
 
@@ -66,20 +71,46 @@ def _attend(
     *,
     window: int | None,
     softcap: float | None,
+    full: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention within documents; rows and heads are cut over the mesh, so every device works alone but for the tokens of a row."""
     context = layout.axes("S")
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *kind: jax.Array) -> jax.Array:
+        own = {"full": kind[0]} if kind else {}
         if not context:
-            return attention(q, k, v, segments_BT=segments, window=window, softcap=softcap, platform=layout.platform)
+            seen = {"window": window, "softcap": softcap, **own}
+            return attention(q, k, v, segments_BT=segments, platform=layout.platform, **seen)
         where = {"axis": context[0], "devices": layout.size(context)}
-        return context_attention(layout.plan.sequence, q, k, v, segments, Mask(window, softcap), **where)
+        return context_attention(layout.plan.sequence, q, k, v, segments, Mask(window, softcap), **own, **where)
 
     # A Pallas kernel does not say what its results vary over.
     checked = bool(context) or layout.platform != "tpu"
-    call = layout.on_shards(local, ("BSHC", "BSKC", "BSKC", "BS"), "BSHC", checked=checked)
-    return call(q_BTHC, k_BSKC, v_BSKC, segments_BT)
+    kind = () if full is None else (full,)
+    letters = ("BSHC", "BSKC", "BSKC", "BS", *("" for _ in kind))
+    call = layout.on_shards(local, letters, "BSHC", checked=checked)
+    return call(q_BTHC, k_BSKC, v_BSKC, segments_BT, *kind)
+
+
+def _cached(
+    layout: Layout,
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    stack: Stack,
+    layer: Any,
+    new: New,
+    how: How,
+) -> tuple[jax.Array, Stack]:
+    """Attention to a cache; rows and heads are cut over the mesh, and every device works alone. Tokens of a row are not cut, nor are layers."""
+    letters = stack_letters(stack)
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, stack: Stack, layer: Any, new: New) -> tuple[jax.Array, Stack]:
+        return cached_attention(q, k, v, stack, layer, new, how, platform=layout.platform)
+
+    inputs = ("BSHC", "BSKC", "BSKC", letters, "", New("BS", "B"))
+    call = layout.on_shards(local, inputs, ("BSHC", letters), checked=layout.platform != "tpu")
+    return call(q_BTHC, k_BTKC, v_BTKC, stack, jnp.asarray(layer), new)
 
 
 def _embed(layout: Layout, table_VD: Any, tokens_BT: jax.Array) -> jax.Array:

@@ -13,7 +13,13 @@ SIZES = {
 TOKENS = 24  # of a prompt
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SHORT, LONG = [1.0, 1.1, 1.3, 1.7], [1.0, 2.0, 4.5, 7.0]
-GEMMA = {**SIZES, "head_dim": 6, "query_pre_attn_scalar": 10, "sliding_window": 5, "hidden_activation": "gelu_pytorch_tanh"}
+GEMMA = {
+    **SIZES,
+    "head_dim": 6,
+    "query_pre_attn_scalar": 10,
+    "sliding_window": 5,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
 EXPERTS = {"num_experts_per_tok": 2, "sliding_window": None}
 GPT2 = {"vocab_size": 61, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 32}
 

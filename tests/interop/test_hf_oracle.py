@@ -1,5 +1,6 @@
 """Every family against transformers: what it saves is read, computes the same logits, and what is written it opens."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmeff.compress.shrink import Plan, shrink
 from lmeff.core.batch import Batch
-from lmeff.interop.config_json import config_of, keys_of
+from lmeff.interop.config_json import choose, config_of, keys_of, unsaid
 from lmeff.interop.families import FAMILIES
 from lmeff.interop.hf import details, export, load
 from lmeff.interop.tensors import open_tensors
+from lmeff.models.config import MoE, RopeScaling
 from lmeff.models.transformer import forward, project
 from lmeff.parallel.mesh import MeshPlan, make_layout
 from lmeff.parallel.seam import layout_ops
@@ -127,7 +130,13 @@ def test_the_text_of_a_gemma3_with_pictures(tmp_path):
 
 def test_a_model_with_heads_cut_opens_with_a_width_of_heads_of_its_own(tmp_path):
     """A cut from four heads to three leaves a width that heads do not divide: llama's config refuses that, mistral's does not, and the maths is one."""
-    keys = {"model_type": "mistral", **SIZES, "sliding_window": None, "num_attention_heads": 3, "num_key_value_heads": 3}
+    keys = {
+        "model_type": "mistral",
+        **SIZES,
+        "sliding_window": None,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+    }
     model = built({**keys, "head_dim": 8})
     cfg, params = load(saved(model, tmp_path / "theirs"), LAYOUT)
     assert export(cfg, params, tmp_path / "back").name == "mistral"
@@ -145,6 +154,70 @@ def test_half_precision_and_shards_come_back_byte_for_byte(tmp_path):
     assert_same_files(tmp_path / "back", tmp_path / "theirs")
     assert str(transformers.AutoConfig.from_pretrained(tmp_path / "back").dtype) == "torch.bfloat16"
     np.testing.assert_array_equal(theirs(reopened(tmp_path / "back")), theirs(reopened(tmp_path / "theirs")))
+
+
+SEEN = {
+    "llama, linear": {"rope_scaling": None},
+    "llama, dynamic": {"rope_scaling": None},
+    "llama, yarn": {"rope_scaling": RopeScaling(kind="yarn", factor=4.0, original=16, attention=1.0)},
+    "llama, yarn, every key": {"rope_scaling": RopeScaling(kind="yarn", factor=4.0, original=16)},
+    "llama, llama3": {"rope_scaling": None},
+    "llama, longrope": {"rope_scaling": None},
+    "mistral, window": {"window": 6},
+    "qwen2, later layers": {"full_layers": (1,)},
+    "gemma2": {"full_layers": (0,)},
+    "gemma2, low caps, untied, biases": {"attention_softcap": None},
+    "gemma2, no caps, one key head": {"attention_scale": 0.3},
+    "gemma3, pattern": {"rope_local_theta": 600.0},
+    "gemma3, kinds": {"embed_scale": 5.6},
+    "mixtral": {"moe": MoE(experts=4, normalize=False)},
+    "olmo2": {"norm_eps": 1e-3},
+    "phi3, part of the channels": {"rope_fraction": 1.0},
+    "phi3, longrope, long": {"rope_scaling": None},
+    "phi3, longrope, short": {"rope_scaling": None},
+    "gpt2, unscaled scores, odd heads": {"attention_scale": None},
+}
+
+
+@pytest.mark.parametrize("case", SEEN)
+def test_the_comparison_sees_a_field_that_is_wrong(case, tmp_path):
+    model = built(CASES[case])
+    cfg, params = load(saved(model, tmp_path / "theirs"), LAYOUT)
+    assert np.abs(ours(dataclasses.replace(cfg, **SEEN[case]), params) - theirs(model)).max() > 5 * CLOSE
+
+
+@pytest.mark.parametrize(
+    "case", ["llama, grouped, untied", "qwen2, kinds", "gemma2", "phi3, longrope, long", "mixtral"]
+)
+def test_a_model_with_parts_cut_out_is_a_valid_smaller_one(case, tmp_path):
+    """Layers, key heads with their queries, and neurons: transformers opens what is left, and computes the same."""
+    model = built(CASES[case])
+    cfg, params = load(saved(model, tmp_path / "theirs"), LAYOUT)
+    size = cfg.heads // cfg.kv_heads
+    group = cfg.kv_heads - 1
+    plan = Plan(
+        layers=np.array([cfg.layers - 1]),
+        neurons=None if cfg.moe is not None else np.arange(0, cfg.ffn, 2)[None],
+        groups=np.array([[group]]),
+        heads=np.arange(group * size, cfg.heads)[None],
+    )
+    small, cut, _ = shrink(cfg, params, (), plan)
+    assert (small.layers, small.heads, small.kv_heads, small.head_size) == (1, size, 1, cfg.head_size)
+    export(small, cut, tmp_path / "back", family=None if "phi3" in case else details(tmp_path / "theirs")["family"])
+    assert np.abs(ours(small, cut) - theirs(reopened(tmp_path / "back"))).max() <= CLOSE
+    assert load(tmp_path / "back", LAYOUT)[0] == small
+
+
+def test_a_phi3_whose_heads_were_cut_is_written_as_a_llama(tmp_path):
+    """Phi-3's config counts the divisors of its rotation by width / heads, whatever the head's own width is."""
+    model = built(CASES["phi3, longrope, long"])
+    cfg, _ = load(saved(model, tmp_path / "theirs"), LAYOUT)
+    cut = dataclasses.replace(cfg, heads=2, kv_heads=1, head_width=cfg.head_size)
+    family = FAMILIES["phi3"]
+    with pytest.raises(Exception, match="short_factor field must have length 8, got 4"):
+        transformers.Phi3Config(**keys_of(family, cut), pad_token_id=None)
+    assert unsaid(family, cut) == ["model.head_width = 8, of which longrope wants model.width / model.heads = 16"]
+    assert choose(cut, None, tmp_path).name == "llama"
 
 
 def test_what_is_written_says_what_was_read():
