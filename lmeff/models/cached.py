@@ -206,10 +206,11 @@ def plain(q_BTHC: jax.Array, stack: Stack, layer: Any, new: New, how: How) -> ja
     if own.v_scale is not None:
         weights_BKGTS = weights_BKGTS * own.v_scale[:, :, None, None]
     v_BKSC = unpack(own.v, how.format).astype(q_BTHC.dtype)
-    o_BTKGC = jnp.einsum(
-        "BKGTS,BKSC->BTKGC", weights_BKGTS.astype(v_BKSC.dtype), v_BKSC, preferred_element_type=jnp.float32
+    # In the product's own order: with T moved within the product, XLA for CPUs has no kernel for bfloat16 of several rows (jax 0.10.2).
+    o_BKGTC = jnp.einsum(
+        "BKGTS,BKSC->BKGTC", weights_BKGTS.astype(v_BKSC.dtype), v_BKSC, preferred_element_type=jnp.float32
     )
-    o_BTKGC = o_BTKGC / jnp.moveaxis(total_BKGT, 3, 1)[..., None]
+    o_BTKGC = jnp.moveaxis(o_BKGTC / total_BKGT[..., None], 3, 1)
     return o_BTKGC.reshape(b, t, h, c).astype(q_BTHC.dtype)
 
 
