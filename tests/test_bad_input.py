@@ -287,7 +287,7 @@ def test_config_show_tells_origins(text, tmp_path):
 
 
 def test_config_show_tells_where_parameters_lie(text, tmp_path, monkeypatch):
-    monkeypatch.setattr("lmeff.commands.simulate_devices", lambda count: None)  # this process has its eight already
+    monkeypatch.setattr("lmeff.commands.show.simulate_devices", lambda count: None)  # this process has its eight already
     config = write_config(tmp_path, text)
     shown = lmeff_json("config", "show", config, "--devices", "8", "--mesh.fsdp", "8", "--train.batch", "8")
     rows = {row["path"]: row for row in shown["leaves"]["teacher"]}

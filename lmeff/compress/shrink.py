@@ -7,7 +7,7 @@ and for everything that mirrors them: moments, averages, masks, learned scales.
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from lmeff.compress.importance import METHODS, Scores
 from lmeff.core.errors import ConfigError
 from lmeff.core.specs import ParamSpec, count
 from lmeff.core.tree import flatten, merge, owner, select, unflatten
-from lmeff.models.config import ModelConfig
+from lmeff.models.config import ModelConfig, with_layers
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import Layout, shardings
 
@@ -64,7 +64,10 @@ class ShrinkConfig:
         return {"ffn": self.ffn, "kv_heads": self.kv_heads, "queries": self.queries, "layers": self.layers}
 
     def apply(self, cfg: ModelConfig) -> ModelConfig:
-        """The shape after shrinking; raises `ConfigError` where a target is not smaller than what the model has."""
+        """The shape after shrinking; raises `ConfigError` where a target is not smaller than what the model has.
+
+        Which layers go is found later (`plan`): of layers that differ in what they see, the first are taken to stay.
+        """
         if cfg.moe is not None and self.ffn is not None:
             raise ConfigError(
                 f"shrink.ffn: got {self.ffn} for a model with {cfg.moe.experts} experts in each layer, whose neurons lmeff does not rank; expected None. "
@@ -75,7 +78,7 @@ class ShrinkConfig:
             if target is not None and not 1 <= target < has[name]:
                 raise ConfigError(f"shrink.{name}: {_refusal(name, target, has)}")
         new = {name: has[name] if target is None else target for name, target in self.targets.items()}
-        return _resized(cfg, new["layers"], new["ffn"], new["kv_heads"], new["kv_heads"] * new["queries"])
+        return _resized(cfg, range(new["layers"]), new["ffn"], new["kv_heads"], new["kv_heads"] * new["queries"])
 
 
 def _refusal(name: str, target: int, has: Mapping[str, int]) -> str:
@@ -88,10 +91,11 @@ def _refusal(name: str, target: int, has: Mapping[str, int]) -> str:
     return f"got {target}, but {why.get(name, f'the model has only one of its {name}')}, or leave this at None"
 
 
-def _resized(cfg: ModelConfig, layers: int, ffn: int, kv_heads: int, heads: int) -> ModelConfig:
+def _resized(cfg: ModelConfig, layers: Sequence[int], ffn: int, kv_heads: int, heads: int) -> ModelConfig:
     # The head width must stay what it was, not become width / fewer heads.
     width = cfg.head_width if heads == cfg.heads else cfg.head_size
-    return dataclasses.replace(cfg, layers=layers, ffn=ffn, kv_heads=kv_heads, heads=heads, head_width=width)
+    cfg = with_layers(cfg, layers)
+    return dataclasses.replace(cfg, ffn=ffn, kv_heads=kv_heads, heads=heads, head_width=width)
 
 
 class Plan(NamedTuple):
@@ -137,8 +141,8 @@ def _top(score: np.ndarray, keep: int) -> np.ndarray:
 def smaller(cfg: ModelConfig, plan: Plan) -> ModelConfig:
     """The shape that a plan leaves."""
     size = {letter: index.shape[-1] for letter, index in plan.kept.items()}
-    has = cfg.sizes
-    return _resized(cfg, *(size.get(letter, has[letter]) for letter in "LFKH"))
+    has, layers = cfg.sizes, range(cfg.layers) if plan.layers is None else plan.layers.tolist()
+    return _resized(cfg, layers, *(size.get(letter, has[letter]) for letter in "FKH"))
 
 
 def shrink(
@@ -222,7 +226,8 @@ def _aligned(index: np.ndarray, letter: str, letters: str) -> np.ndarray:
 def masked(cfg: ModelConfig, plan: Plan) -> dict[str, Any]:
     """The plan as 0/1 multipliers of the big model, a tree of the parameters it touches, in shapes that broadcast against them.
 
-    Everything of a dropped layer is zero, so the layer adds nothing to the residual stream: the identity.
+    Everything of a dropped layer is zero, so the layer adds nothing to the residual stream: the identity. Queries and keys that are normalized over all
+    heads at once (`qk_norm="width"`) are the exception: a model without some heads has the mean of those it has, one with zeros the mean of all.
     """
     kept, sizes = plan.kept, cfg.sizes
     layers = kept.get("L", np.arange(cfg.layers))

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import cattrs
+from cattrs.gen import make_dict_structure_fn
 from cattrs.strategies import configure_tagged_union
 
 from lmeff.config.schema import Experiment, Transform, flat_values
 from lmeff.core.decode import explain
 from lmeff.core.errors import CheckpointError, ConfigError
 from lmeff.core.files import write_text
+from lmeff.models.config import ModelConfig, current
 
 FILE = "config.json"
 
@@ -76,6 +78,8 @@ def origins(experiment: Experiment, from_file: Experiment, file: str) -> dict[st
 
 def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
+    model = make_dict_structure_fn(ModelConfig, converter, _cattrs_forbid_extra_keys=True)
+    converter.register_structure_hook(ModelConfig, lambda values, kind: model(current(values), kind))
     configure_tagged_union(Transform, converter, tag_name="transform")
     return converter
 

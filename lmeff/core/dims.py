@@ -22,6 +22,7 @@ LETTERS: dict[str, str] = {
     "E": "experts",
     "R": "rank",
     "N": "flattened tokens",
+    "P": "positions of a learned table",
 }
 
 

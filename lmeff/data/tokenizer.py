@@ -1,4 +1,7 @@
-"""Text to ids and back: bytes, or byte-level BPE trained on the training split. `decode(encode(text)) == text` for both."""
+"""Text to ids and back: bytes, or byte-level BPE trained on the training split. `decode(encode(text)) == text` for both.
+
+Tokenizers that others made are in `pretrained.py`; a stream of ids becomes text here for all of them.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +17,10 @@ SPECIALS = ("<|bos|>", "<|eos|>", "<|pad|>")
 
 
 class Tokenizer(Protocol):
-    """A document is `bos, *encode(text), eos`. Special tokens never come from text, whatever it spells, and decode to nothing."""
+    """A document is `bos, *encode(text), eos`, a prompt `*prefix, *encode(text)`; what is generated ends at one of `stops`.
+
+    Special tokens never come from text, whatever it spells, and decode to nothing.
+    """
 
     @property
     def vocab(self) -> int: ...
@@ -24,6 +30,10 @@ class Tokenizer(Protocol):
     def eos(self) -> int: ...
     @property
     def pad(self) -> int: ...
+    @property
+    def prefix(self) -> tuple[int, ...]: ...
+    @property
+    def stops(self) -> tuple[int, ...]: ...
     def encode(self, text: str) -> np.ndarray: ...
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
     def decode(self, ids: Iterable[int]) -> str: ...
@@ -53,6 +63,16 @@ class ByteTokenizer:
     eos: int = BYTES.eos
     pad: int = BYTES.pad
 
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """A prompt begins as a document does."""
+        return (self.bos,)
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """What ends a text."""
+        return (self.eos,)
+
     def encode(self, text: str) -> np.ndarray:
         """Ids [N] of a text, without special tokens."""
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
@@ -78,6 +98,16 @@ class BpeTokenizer:
     bos: int = BPE.bos
     eos: int = BPE.eos
     pad: int = BPE.pad
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """A prompt begins as a document does."""
+        return (self.bos,)
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """What ends a text."""
+        return (self.eos,)
 
     @property
     def used(self) -> int:
@@ -130,3 +160,38 @@ def load_bpe(file: Path, vocab: int) -> BpeTokenizer:
 def _bpe(inner: Any, vocab: int) -> BpeTokenizer:
     inner.encode_special_tokens = True  # text that spells a special token is text; the setting is not kept in the file
     return BpeTokenizer(inner, vocab)
+
+
+def prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Ids [N] of a text that is to be continued."""
+    return np.concatenate([np.asarray(tokenizer.prefix, np.int32), tokenizer.encode(text)])
+
+
+class TextStream:
+    """The text of ids that come one by one, in pieces that are whole characters.
+
+    Joined, the pieces and `rest()` are what `decode` of all ids adds to `decode` of those before. Only a window of ids is decoded each time: from the last
+    place but one where the text was whole, since a tokenizer may treat the first token of a text in another way than the others (SentencePiece's space).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+        """`before`: the ids that the stream goes on from."""
+        self._tokenizer = tokenizer
+        self._ids = [int(i) for i in before]
+        self._told = len(self._ids)  # ids whose text was given out
+
+    def add(self, i: int) -> str:
+        """The text that is whole with one more id; "" while its bytes are only the beginning of a character."""
+        self._ids.append(int(i))
+        return self._new(whole=True)
+
+    def rest(self) -> str:
+        """What was held back, with U+FFFD for characters that never became whole."""
+        return self._new(whole=False)
+
+    def _new(self, *, whole: bool) -> str:
+        old, text = self._tokenizer.decode(self._ids[: self._told]), self._tokenizer.decode(self._ids)
+        if len(text) <= len(old) or (whole and text.endswith("\ufffd")):
+            return ""
+        self._ids, self._told = self._ids[self._told :], len(self._ids) - self._told
+        return text[len(old) :]

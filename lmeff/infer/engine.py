@@ -58,14 +58,26 @@ class Engine(NamedTuple):
     batch: int
 
     @property
+    def weights(self) -> tuple[Any, Any]:
+        """What the programs below take as such: parameters, and ranges of activations."""
+        return self.served.params, self.served.ranges
+
+    @property
     def length(self) -> int:
         """Tokens that a row has room for."""
         return self.program.length
 
     @property
     def specs(self) -> Cache:
-        """Shapes and dtypes of the cache."""
-        return specs_of(self.program, self.batch)
+        """Shapes, dtypes and shardings of the cache that `decode` takes."""
+        specs = dataclasses.replace(specs_of(self.program, self.batch), fresh=False)
+        leaves, structure = jax.tree.flatten(specs)
+        letters = jax.tree.leaves(cache_letters(specs))
+        layout = self.program.layout
+        return structure.unflatten(
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.sharding(own, x.shape))
+            for x, own in zip(leaves, letters, strict=True)
+        )
 
 
 def make_engine(served: Served, *, batch: int, length: int, cache: CacheFormat, chunk: int = 1) -> Engine:

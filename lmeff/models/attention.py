@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lmeff.models import splash
-from lmeff.models.mask import Mask
+from lmeff.models.mask import Mask, by_kind
 from lmeff.models.tiles import MASKED, Tiles, d_scores, scores, tile_backward, tile_forward, visible
 
 Form = Callable[..., jax.Array]
-"""`(q_BTHC, k_BSKC, v_BSKC, segments_BT, mask) -> o_BTHC`."""
+"""`(q_BTHC, k_BSKC, v_BSKC, segments_BT, mask, full=None) -> o_BTHC`."""
 
 
 def attention(
@@ -29,15 +29,17 @@ def attention(
     segments_BT: jax.Array,
     window: int | None = None,
     softcap: float | None = None,
+    full: jax.Array | None = None,
     platform: str = "cpu",
 ) -> jax.Array:
     """Causal grouped-query self-attention within documents, [B, T, H, C] in the dtype of `q`; softmax in float32.
 
     segments_BT: document ids of the row; 0 is padding, which sees nothing and gives zeros.
+    full:        where layers differ, a traced truth value: whether this one has no window after all.
     platform:    of the devices that this will run on, which need not be those of the machine that compiles it.
     """
     form = FORMS[form_of(platform, q_BTHC.shape, k_BSKC.shape)]
-    return form(q_BTHC, k_BSKC, v_BSKC, segments_BT, Mask(window, softcap))
+    return form(q_BTHC, k_BSKC, v_BSKC, segments_BT, Mask(window, softcap), full)
 
 
 def form_of(platform: str, q_shape: Sequence[int], k_shape: Sequence[int]) -> str:
@@ -168,34 +170,36 @@ def _tile_backward(
 def blocked(forward: Callable[..., Any], backward: Callable[..., Any], multiple: int) -> Callable[..., jax.Array]:
     """Lifts a form of one key-value head to [B, T, H, C], with its custom gradient; rows are padded to whole blocks."""
 
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, mask: Mask) -> jax.Array:
-        return save(q, k, v, segments, mask)[0]
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, full: Any, mask: Mask) -> jax.Array:
+        return save(q, k, v, segments, full, mask)[0]
 
-    def save(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, mask: Mask) -> Any:
+    def save(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, full: Any, mask: Mask) -> Any:
         units = to_units(q, k, v, segments)
-        o, lse = over_units(functools.partial(forward, mask=mask), units)
+        o, lse = by_kind(lambda mask: over_units(functools.partial(forward, mask=mask), units), mask, full)
         # Named here, both: a remat policy that keeps the output alone would have to run all of this again for the log-sum-exp.
         out, lse = checkpoint_name((from_units(o, q).astype(q.dtype), lse), "attn_out")
-        return out, (q, k, v, segments, out, lse)
+        return out, (q, k, v, segments, full, out, lse)
 
     def pull(mask: Mask, saved: Any, g: jax.Array) -> Any:
-        q, k, v, segments, out, lse = saved
+        q, k, v, segments, full, out, lse = saved
         o, g = (split_queries(x, k.shape[2]) for x in (out, g))
         units = (*to_units(q, k, v, segments), o, lse, g)
-        d_q, d_k, d_v = over_units(functools.partial(backward, mask=mask), units)
-        merged = (from_units(d_q, q), from_units(d_k, k), from_units(d_v, v))
-        return (*(d.astype(x.dtype) for d, x in zip(merged, (q, k, v), strict=True)), None)
+        found = by_kind(lambda mask: over_units(functools.partial(backward, mask=mask), units), mask, full)
+        merged = [from_units(d, x) for d, x in zip(found, (q, k, v), strict=True)]
+        return (*(d.astype(x.dtype) for d, x in zip(merged, (q, k, v), strict=True)), None, None)
 
     attend.defvjp(save, pull)
 
-    def padded(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, mask: Mask) -> jax.Array:
+    def padded(
+        q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, mask: Mask, full: jax.Array | None = None
+    ) -> jax.Array:
         missing = -q.shape[1] % multiple
         scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
         if not missing:
-            return attend(scaled, k, v, segments, mask)
+            return attend(scaled, k, v, segments, full, mask)
         wide = [jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) for x in (scaled, k, v, segments)]
-        out: Any = attend(*wide, mask)
+        out: Any = attend(*wide, full, mask)
         return out[:, : q.shape[1]]
 
     return padded

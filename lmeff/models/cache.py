@@ -5,6 +5,7 @@ slots as the window needs, the others one for every token, where nothing ever co
 taking tokens back is setting the length.
 """
 
+import dataclasses
 import functools
 import math
 import re
@@ -113,6 +114,10 @@ class Cache:
     format: CacheFormat
     fresh: bool
 
+    def taken_back(self, length_B: Any) -> "Cache":
+        """The cache of rows that are shorter again, by less than the chunk that it was made for; their next tokens overwrite what was there."""
+        return dataclasses.replace(self, length_B=jnp.asarray(length_B, jnp.int32))
+
 
 class Group(NamedTuple):
     """Layers that see equally far: their window (None sees all) and their indices."""
@@ -138,7 +143,7 @@ def cache_specs(cfg: ModelConfig, format: CacheFormat, *, rows: int, tokens: int
     """Shapes and dtypes of an empty cache, without a device.
 
     rows, tokens: for so many rows of at most so many tokens.
-    chunk:        the most tokens that come at once after the prompt, and one more than may be taken back.
+    chunk:        the most tokens that come at once after the prompt, of which all but one may be taken back: there is room for these besides.
     """
     if format.by_channel and chunk > format.block:
         raise ConfigError(
@@ -149,7 +154,7 @@ def cache_specs(cfg: ModelConfig, format: CacheFormat, *, rows: int, tokens: int
 
 
 def _stack(cfg: ModelConfig, format: CacheFormat, group: Group, rows: int, tokens: int, chunk: int) -> Stack:
-    slots = tokens if group.window is None else min(tokens, group.window + chunk - 1)
+    slots = (tokens if group.window is None else min(tokens, group.window)) + chunk - 1
     residual = -(-(format.block + chunk - 1) // format.block) * format.block
     if format.by_channel:
         slots = -(-slots // residual) * residual

@@ -25,8 +25,8 @@ class New(NamedTuple):
     length:    [B], tokens of each row, these included.
     """
 
-    positions_BT: jax.Array
-    length_B: jax.Array
+    positions_BT: Any
+    length_B: Any
 
 
 class How(NamedTuple):

@@ -1,19 +1,12 @@
 """The shape of a model: one decoder-only transformer whose variants are fields, and presets by name."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lmeff.core.errors import ConfigError
-
-NORMS = ("rms", "layer")
-ACTIVATIONS = ("swiglu", "geglu", "gelu")
-BIASES = ("none", "qkv", "attention", "all")
-NORM_PLACES = ("pre", "post", "both")
-POSITIONS = ("rope", "learned")
-QK_NORMS = ("head", "width")
-ROPE_SCALINGS = ("linear", "dynamic", "yarn", "llama3", "longrope")
+from lmeff.models import legal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +38,8 @@ class RopeScaling:
     long: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuses kinds that do not exist."""
-        if self.kind not in ROPE_SCALINGS:
-            raise ConfigError(f"model.rope_scaling.kind: got '{self.kind}', expected one of {', '.join(ROPE_SCALINGS)}")
-        if self.kind != "linear" and self.original is None:
-            raise ConfigError(
-                f"model.rope_scaling.original: got None with kind '{self.kind}', expected the context of pretraining in tokens"
-            )
+        """Refuses kinds that do not exist, and numbers that their formulas do not take."""
+        legal.check_scaling(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,33 +138,30 @@ class ModelConfig:
     embed_scale: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuses shapes that no parameter tree exists for."""
-        for name in ("vocab", "width", "layers", "heads", "kv_heads", "ffn"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name}: got {getattr(self, name)}, expected at least 1")
-        if self.heads % self.kv_heads:
-            raise ConfigError(f"model.kv_heads: got {self.kv_heads}, expected a divisor of model.heads = {self.heads}")
-        if self.head_width is None and self.width % self.heads:
-            raise ConfigError(
-                f"model.heads: got {self.heads}, expected a divisor of model.width = {self.width}; or set model.head_width"
-            )
-        if self.head_size % 2:
-            raise ConfigError(f"model.head_width: got {self.head_size}, expected an even number (rotary pairs)")
-        if self.norm not in NORMS:
-            raise ConfigError(f"model.norm: got '{self.norm}', expected one of {NORMS}")
-        if self.activation not in ACTIVATIONS:
-            raise ConfigError(f"model.activation: got '{self.activation}', expected one of {ACTIVATIONS}")
-        if self.moe is not None and self.bias:
-            raise ConfigError(
-                "model.bias: got True with model.moe, expected False: experts have no biases. Set bias to False or moe to None."
-            )
-        if self.window is not None and self.window < 1:
-            raise ConfigError(f"model.window: got {self.window}, expected at least 1, or None for full attention")
+        """Refuses shapes that no parameter tree exists for, and variants that exclude each other."""
+        legal.check_model(self)
 
     @property
     def head_size(self) -> int:
         """Width of one head."""
         return self.head_width if self.head_width is not None else self.width // self.heads
+
+    @property
+    def rotary_size(self) -> int:
+        """Channels of a head that turn with the position."""
+        return int(self.head_size * self.rope_fraction) if self.positions == "rope" else 0
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some layers have a window and others see all."""
+        return bool(self.full_layers)
+
+    @property
+    def windows(self) -> tuple[tuple[int | None, int], ...]:
+        """(window, layers that have it), None of those that see all: one pair where layers are alike."""
+        full = self.layers if self.window is None else len(self.full_layers)
+        pairs = ((None, full), (self.window, self.layers - full))
+        return tuple((window, count) for window, count in pairs if count)
 
     @property
     def gated(self) -> bool:
@@ -196,13 +181,37 @@ class ModelConfig:
             "V": self.vocab,
             "L": self.layers,
             "E": self.moe.experts if self.moe is not None else 0,
+            "P": self.context or 0,
         }
 
 
 def read(values: Mapping[str, Any]) -> ModelConfig:
-    """The inverse of `dataclasses.asdict`."""
-    moe = values.get("moe")
-    return ModelConfig(**{**values, "moe": None if moe is None else MoE(**moe)})
+    """The inverse of `dataclasses.asdict`, also through JSON; reads what older versions wrote."""
+    values = current(values)
+    moe, scaling = values.get("moe"), values.get("rope_scaling")
+    nested = {
+        "moe": None if moe is None else MoE(**moe),
+        "rope_scaling": None if scaling is None else RopeScaling(**{k: _tuple(x) for k, x in scaling.items()}),
+    }
+    return ModelConfig(**{key: _tuple(value) for key, value in (values | nested).items()})
+
+
+def current(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored config in today's terms: biases and norms of queries and keys were on or off once."""
+    once = {"bias": {False: "none", True: "all"}, "qk_norm": {False: None, True: "head"}}
+    return {k: once[k][v] if k in once and isinstance(v, bool) else v for k, v in values.items()}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def with_layers(cfg: ModelConfig, kept: Sequence[int]) -> ModelConfig:
+    """The config of these of its layers, ascending, renumbered; where all that are left see all, without what only a window needs."""
+    full = tuple(new for new, old in enumerate(kept) if old in cfg.full_layers)
+    if len(full) == len(kept):
+        return dataclasses.replace(cfg, layers=len(kept), full_layers=(), window=None, rope_local_theta=None)
+    return dataclasses.replace(cfg, layers=len(kept), full_layers=full)
 
 
 def preset(name: str, **changes: object) -> ModelConfig:

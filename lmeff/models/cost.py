@@ -21,7 +21,13 @@ def flops_per_token(cfg: ModelConfig, context: int) -> int:
         for path, spec in flatten(param_specs(cfg)).items()
         if spec.is_matmul and (path != "embed/table" or cfg.tied)
     )
-    return 2 * weights + cfg.layers * round(4 * cfg.heads * cfg.head_size * mean_visible(context, cfg.window))
+    by_key = 4 * cfg.heads * cfg.head_size
+    return 2 * weights + sum(count * round(by_key * mean_visible(context, window)) for window, count in cfg.windows)
+
+
+def mean_over_layers(cfg: ModelConfig, context: int) -> float:
+    """Mean number of keys that a token sees in a layer, over all layers."""
+    return sum(count * mean_visible(context, window) for window, count in cfg.windows) / cfg.layers
 
 
 def active(spec: ParamSpec, cfg: ModelConfig) -> int:

@@ -38,7 +38,7 @@ def mlp_specs(cfg: ModelConfig, ffn: int | None = None) -> dict[str, ParamSpec]:
     }
     if cfg.gated:
         specs["gate"] = spec_of(cfg, "LDF", "D", ffn=ffn)
-    if cfg.bias:
+    if cfg.bias == "all":
         specs |= {"up_bias": spec_of(cfg, "LF", init="zeros", ffn=ffn), "down_bias": spec_of(cfg, "LD", init="zeros")}
     return specs
 
@@ -46,7 +46,7 @@ def mlp_specs(cfg: ModelConfig, ffn: int | None = None) -> dict[str, ParamSpec]:
 def mlp_layer(x_BTD: jax.Array, p: Tree, cfg: ModelConfig, ops: Ops, site: str = "mlp") -> jax.Array:
     """The feed-forward layer: gated (Shazeer 2020) or plain; `site` names its products."""
     h_BTF = ops.einsum("BTD,DF->BTF", x_BTD, p["up"], site=f"{site}.up")
-    if cfg.bias:
+    if cfg.bias == "all":
         h_BTF = h_BTF + p["up_bias"]
     if cfg.gated:
         h_BTF = GATE[cfg.activation](ops.einsum("BTD,DF->BTF", x_BTD, p["gate"], site=f"{site}.gate")) * h_BTF
@@ -55,7 +55,7 @@ def mlp_layer(x_BTD: jax.Array, p: Tree, cfg: ModelConfig, ops: Ops, site: str =
     h_BTF = checkpoint_name(ops.place(h_BTF, "BTF"), "mlp_hidden")
     ops.tap(f"{site}.neurons", h_BTF)
     y_BTD = ops.einsum("BTF,FD->BTD", h_BTF, p["down"], site=f"{site}.down")
-    return y_BTD + p["down_bias"] if cfg.bias else y_BTD
+    return y_BTD + p["down_bias"] if cfg.bias == "all" else y_BTD
 
 
 def mlp_sites(cfg: ModelConfig, site: str) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lmeff.core.batch import Batch
 from lmeff.core.numerics import is_qtensor
@@ -18,9 +19,11 @@ from lmeff.core.tree import Tree
 from lmeff.models.cache import Cache
 from lmeff.models.config import ModelConfig
 from lmeff.models.layers import through_cache
+from lmeff.models.legal import check_context
 from lmeff.models.mlp import mlp_layer, mlp_sites, mlp_specs, residual_scale, spec_of
 from lmeff.models.moe import moe_layer, moe_sites, moe_specs
 from lmeff.models.remat import parse, wrapper
+from lmeff.models.rope import rope
 
 View = Callable[[Any, Any], Any]
 
@@ -46,26 +49,35 @@ class Output(NamedTuple):
 
 def param_specs(cfg: ModelConfig) -> dict[str, Any]:
     """The schema of the parameters: the same tree for every mesh, precision and compression."""
+    before, after = cfg.norm_at != "post", cfg.norm_at != "pre"
     tree: dict[str, Any] = {
         "embed": {"table": spec_of(cfg, "VD", "D")},
         "blocks": {
-            "attn_norm": _norm(cfg, "LD"),
+            **({"attn_norm": _norm(cfg, "LD")} if before else {}),
             "attn": _attention_specs(cfg),
-            "mlp_norm": _norm(cfg, "LD"),
+            **({"attn_post_norm": _norm(cfg, "LD")} if after else {}),
+            **({"mlp_norm": _norm(cfg, "LD")} if before else {}),
             **({"mlp": mlp_specs(cfg)} if cfg.moe is None else {"moe": moe_specs(cfg, cfg.moe)}),
+            **({"mlp_post_norm": _norm(cfg, "LD")} if after else {}),
         },
         "final_norm": _norm(cfg, "D"),
     }
+    if cfg.positions == "learned":
+        tree["embed"]["positions"] = spec_of(cfg, "PD")
     if not cfg.tied:
         tree["head"] = {"w": spec_of(cfg, "DV", "D")}
     return tree
 
 
 def _norm(cfg: ModelConfig, letters: str) -> dict[str, ParamSpec]:
-    specs = {"scale": spec_of(cfg, letters, init="ones")}
+    specs = {"scale": _scale(cfg, letters)}
     if cfg.norm == "layer":
         specs["bias"] = spec_of(cfg, letters, init="zeros")
     return specs
+
+
+def _scale(cfg: ModelConfig, letters: str) -> ParamSpec:
+    return spec_of(cfg, letters, init="zeros" if cfg.norm_plus_one else "ones")
 
 
 def _attention_specs(cfg: ModelConfig) -> dict[str, Any]:
@@ -75,14 +87,15 @@ def _attention_specs(cfg: ModelConfig) -> dict[str, Any]:
         "wv": spec_of(cfg, "LDKC", "D"),
         "wo": spec_of(cfg, "LHCD", "HC", scale=residual_scale(cfg)),
     }
-    if cfg.bias:
-        specs |= {name: spec_of(cfg, letters, init="zeros") for name, letters in _ATTENTION_BIASES.items()}
-    if cfg.qk_norm:
-        specs |= {"q_norm": spec_of(cfg, "LC", init="ones"), "k_norm": spec_of(cfg, "LC", init="ones")}
+    specs |= {f"{name}_bias": spec_of(cfg, _BIASES[name], init="zeros") for name in BIASED[cfg.bias]}
+    if cfg.qk_norm is not None:
+        specs |= {name: _scale(cfg, letters) for name, letters in _QK_NORMS[cfg.qk_norm].items()}
     return specs
 
 
-_ATTENTION_BIASES = {"q_bias": "LHC", "k_bias": "LKC", "v_bias": "LKC", "o_bias": "LD"}
+BIASED = {"none": "", "qkv": "qkv", "attention": "qkvo", "all": "qkvo"}  # of attention's products
+_BIASES = {"q": "LHC", "k": "LKC", "v": "LKC", "o": "LD"}
+_QK_NORMS = {"head": {"q_norm": "LC", "k_norm": "LC"}, "width": {"q_norm": "LHC", "k_norm": "LKC"}}
 
 
 def normalize(x_BTD: jax.Array, p: Tree, cfg: ModelConfig) -> jax.Array:
@@ -90,61 +103,82 @@ def normalize(x_BTD: jax.Array, p: Tree, cfg: ModelConfig) -> jax.Array:
     x = x_BTD.astype(jnp.float32)
     if cfg.norm == "layer":
         x = x - x.mean(-1, keepdims=True)
-    x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + cfg.norm_eps) * p["scale"].astype(jnp.float32)
+    x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + cfg.norm_eps) * _weight(p["scale"], cfg)
     if cfg.norm == "layer":
         x = x + p["bias"].astype(jnp.float32)
     return x.astype(x_BTD.dtype)
 
 
-def rope(x_BTHC: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021), pairing channel i with i + C/2 (the Hugging Face layout), in float32."""
-    half = x_BTHC.shape[-1] // 2
-    frequency_C = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BT1C = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_C
-    cos, sin = jnp.cos(angle_BT1C), jnp.sin(angle_BT1C)
-    first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTHC.dtype)
+def _weight(scale: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """What an RMSNorm multiplies by, in float32: where a rounded weight is kept as its difference to 1, its sum with 1 is not rounded."""
+    wide = scale.astype(jnp.float32)
+    return 1 + wide if cfg.norm_plus_one else wide
 
 
-def _head_norm(x_BTHC: jax.Array, scale_C: jax.Array, cfg: ModelConfig) -> jax.Array:
+def _qk_norm(x_BTHC: jax.Array, scale: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """RMSNorm of queries or keys, by head (scale "C") or over all heads at once ("HC", "KC"), which on a mesh may be on several devices."""
     x = x_BTHC.astype(jnp.float32)
-    x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + cfg.norm_eps)
-    return (x * scale_C.astype(jnp.float32)).astype(x_BTHC.dtype)
+    over = (-1,) if cfg.qk_norm == "head" else (-2, -1)
+    x = x * jax.lax.rsqrt((x * x).mean(over, keepdims=True) + cfg.norm_eps)
+    return (x * _weight(scale, cfg)).astype(x_BTHC.dtype)
 
 
-def attention_layer(x_BTD: jax.Array, p: Tree, batch: Batch, cfg: ModelConfig, ops: Ops) -> jax.Array:
-    """Self-attention within each document of the row."""
+def sees_all(cfg: ModelConfig, layer: Any) -> jax.Array | None:
+    """Whether a layer, given by its (traced) index, sees all though the model has a window; None where layers are alike."""
+    if not cfg.mixed:
+        return None
+    assert layer is not None, "layers differ, so a block must know which one it is"
+    return jnp.asarray(np.isin(np.arange(cfg.layers), cfg.full_layers))[layer]
+
+
+def attention_layer(
+    x_BTD: jax.Array, p: Tree, batch: Batch, cfg: ModelConfig, ops: Ops, full: jax.Array | None = None
+) -> jax.Array:
+    """Self-attention within each document of the row; `full` as `sees_all` says."""
     q_BTHC = ops.place(ops.einsum("BTD,DHC->BTHC", x_BTD, p["wq"], site="attn.q"), "BTHC")
     k_BTKC = ops.place(ops.einsum("BTD,DKC->BTKC", x_BTD, p["wk"], site="attn.k"), "BTKC")
     v_BTKC = ops.place(ops.einsum("BTD,DKC->BTKC", x_BTD, p["wv"], site="attn.v"), "BTKC")
-    if cfg.bias:
+    if BIASED[cfg.bias]:
         q_BTHC, k_BTKC, v_BTKC = q_BTHC + p["q_bias"], k_BTKC + p["k_bias"], v_BTKC + p["v_bias"]
-    if cfg.qk_norm:
-        q_BTHC, k_BTKC = _head_norm(q_BTHC, p["q_norm"], cfg), _head_norm(k_BTKC, p["k_norm"], cfg)
-    q_BTHC = rope(q_BTHC, batch.positions, cfg.rope_theta)
-    k_BTKC = rope(k_BTKC, batch.positions, cfg.rope_theta)
-    o_BTHC = ops.attend(q_BTHC, k_BTKC, v_BTKC, batch.segments, window=cfg.window, softcap=cfg.attention_softcap)
+    if cfg.qk_norm is not None:
+        q_BTHC, k_BTKC = _qk_norm(q_BTHC, p["q_norm"], cfg), _qk_norm(k_BTKC, p["k_norm"], cfg)
+    if cfg.positions == "rope":
+        q_BTHC, k_BTKC = rope(q_BTHC, batch, cfg, full), rope(k_BTKC, batch, cfg, full)
+    if cfg.attention_scale is not None:  # attention itself multiplies by 1 / sqrt(C)
+        q_BTHC = (q_BTHC.astype(jnp.float32) * (cfg.attention_scale * cfg.head_size**0.5)).astype(q_BTHC.dtype)
+    seen = {"window": cfg.window, "softcap": cfg.attention_softcap, "full": full}
+    o_BTHC = ops.attend(q_BTHC, k_BTKC, v_BTKC, batch.segments, **seen)
     ops.tap("attn.heads", o_BTHC)
     y_BTD = ops.einsum("BTHC,HCD->BTD", o_BTHC, p["wo"], site="attn.o")
-    return y_BTD + p["o_bias"] if cfg.bias else y_BTD
+    return y_BTD + p["o_bias"] if "o" in BIASED[cfg.bias] else y_BTD
 
 
-def block(x_BTD: jax.Array, p: Tree, batch: Batch, cfg: ModelConfig, ops: Ops) -> jax.Array:
-    """One pre-norm transformer block."""
+def block(x_BTD: jax.Array, p: Tree, batch: Batch, cfg: ModelConfig, ops: Ops, layer: Any = None) -> jax.Array:
+    """One transformer block. layer: its index in the model, which counts only where layers differ (`cfg.mixed`)."""
     ops.tap("block.in", x_BTD)
     with jax.named_scope("attention"):
-        h_BTD = ops.place(normalize(x_BTD, p["attn_norm"], cfg), "BS_")
-        x_BTD = ops.place(x_BTD + attention_layer(h_BTD, p["attn"], batch, cfg, ops), "BTD")
+        h_BTD = ops.place(_norm_at("attn_norm", x_BTD, p, cfg), "BS_")
+        y_BTD = attention_layer(h_BTD, p["attn"], batch, cfg, ops, sees_all(cfg, layer))
+        x_BTD = ops.place(x_BTD + _post_norm("attn_post_norm", y_BTD, p, cfg, ops), "BTD")
     with jax.named_scope("mlp"):
-        h_BTD = ops.place(normalize(x_BTD, p["mlp_norm"], cfg), "BS_")
+        h_BTD = ops.place(_norm_at("mlp_norm", x_BTD, p, cfg), "BS_")
         if cfg.moe is None:
             y_BTD = mlp_layer(h_BTD, p["mlp"], cfg, ops)
         else:
             y_BTD = moe_layer(h_BTD, p["moe"], batch, cfg, cfg.moe, ops)
-        x_BTD = ops.place(x_BTD + y_BTD, "BTD")
+        x_BTD = ops.place(x_BTD + _post_norm("mlp_post_norm", y_BTD, p, cfg, ops), "BTD")
     ops.tap("block.out", x_BTD)
     return x_BTD
+
+
+def _norm_at(name: str, x_BTD: jax.Array, p: Tree, cfg: ModelConfig) -> jax.Array:
+    """What enters a sublayer: normalized where the block has a norm of that name."""
+    return normalize(x_BTD, p[name], cfg) if name in p else x_BTD
+
+
+def _post_norm(name: str, y_BTD: jax.Array, p: Tree, cfg: ModelConfig, ops: Ops) -> jax.Array:
+    """What a sublayer adds: its output, cut over T as the residual stream before it is normalized."""
+    return normalize(ops.place(y_BTD, "BTD"), p[name], cfg) if name in p else y_BTD
 
 
 def identity_view(params: Any, state: Any) -> Any:
@@ -200,12 +234,13 @@ def forward(
         p, state, layer_ranges, index = layer
         p = enter(p, index)
         scope = make_ops(layer_ranges)
-        return block(x_BTD, cast_floating(view(p, state), compute_dtype), batch, cfg, change(scope.ops)), scope.close()
+        seen_p = cast_floating(view(p, state), compute_dtype)
+        return block(x_BTD, seen_p, batch, cfg, change(scope.ops), index), scope.close()
 
     head_ranges = _outer_ranges(ranges)
     outer = make_ops(head_ranges)
     embed = seen("embed")
-    x_BTD = embed_tokens(embed["table"], batch, outer.ops, compute_dtype)
+    x_BTD = embed_tokens(embed, batch, cfg, outer.ops, compute_dtype)
     layers = (params["blocks"], substate(view_state, "blocks"), _block_ranges(ranges), jnp.arange(cfg.layers))
     records: Records = {}
     if cache is None:
@@ -225,9 +260,15 @@ def kept_sums(records: Records) -> Records:
     return {name.removeprefix(KEPT): x for name, x in records.items() if name.startswith(KEPT)}
 
 
-def embed_tokens(table_VD: Any, batch: Batch, ops: Ops, dtype: Any) -> jax.Array:
-    """What enters the first block, [B, T, D]."""
-    return ops.place(ops.embed(table_VD, batch.tokens).astype(dtype), "BTD")
+def embed_tokens(embed: Tree, batch: Batch, cfg: ModelConfig, ops: Ops, dtype: Any) -> jax.Array:
+    """What enters the first block, [B, T, D]: rows of the table, scaled, with those of the positions where they are learned."""
+    x_BTD = ops.embed(embed["table"], batch.tokens).astype(dtype)
+    if cfg.embed_scale is not None:
+        x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, dtype)
+    if cfg.positions == "learned":
+        check_context(cfg, batch.tokens.shape[1], "batch")
+        x_BTD = x_BTD + ops.place(embed["positions"], "P_")[batch.positions].astype(dtype)
+    return ops.place(x_BTD, "BTD")
 
 
 def last_hidden(x_BTD: jax.Array, final_norm: Tree, cfg: ModelConfig, dtype: Any) -> jax.Array:

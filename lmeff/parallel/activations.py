@@ -69,7 +69,8 @@ class Kept(NamedTuple):
 
 
 def local_sizes(cfg: ModelConfig, layout: Layout, rows: int, tokens: int) -> dict[str, int]:
-    """What a device has of each letter: T is time whole over tensor, t as the residual stream is cut; of experts A choices, M rows of buffers."""
+    """What a device has of each letter: T is time whole over tensor, t as the residual stream is cut; of a head r channels turn in c pairs, s do not;
+    of experts A choices, M rows of buffers."""
     parts, shape = layout.size(("tensor",)), layout.mesh.shape
     length = tokens // shape["context"]
     sizes = {
@@ -80,7 +81,8 @@ def local_sizes(cfg: ModelConfig, layout: Layout, rows: int, tokens: int) -> dic
     }
     for letter in "HKF":
         sizes[letter] = max(sizes[letter] // parts, 1)
-    sizes["G"], sizes["c"] = sizes["H"] // sizes["K"], cfg.head_size // 2
+    turned = cfg.rotary_size
+    sizes |= {"G": sizes["H"] // sizes["K"], "c": turned // 2, "r": turned, "s": cfg.head_size - turned}
     return sizes if cfg.moe is None else sizes | _expert_sizes(cfg, sizes, shape["expert"], tokens)
 
 
@@ -112,14 +114,21 @@ def kept_arrays(remat: str, cfg: ModelConfig, layout: Layout, tokens: int, dtype
         cfg,
         vocab=8,
         width=44,
-        layers=1,
+        layers=2,
         heads=6,
         kv_heads=6 if cfg.heads == cfg.kv_heads else 3,
         head_width=width if splash else 20,
         ffn=52,
-        rope_theta=1e4,
         norm_eps=1e-5,
+        context=8 if cfg.positions == "learned" else None,
+        rope_theta=1e4,
+        rope_scaling=None,
+        rope_local_theta=None,
+        rope_fraction=1.0 if cfg.rope_fraction == 1 else 0.75 if splash else 0.8,
         window=None if cfg.window is None else 8,
+        full_layers=(0,) if cfg.mixed else (),
+        attention_scale=None,
+        embed_scale=None,
         moe=None if cfg.moe is None else _small_experts(cfg.moe),
     )
     time = 384 if splash else 72 if length <= SHORT else SHORT + 256
@@ -140,7 +149,7 @@ def _traced(remat: str, cfg: ModelConfig, platform: str, tokens: int, dtype: Any
     ops = make_ops(attend=functools.partial(_attend, platform))({}).ops
 
     def pulled(x: Any, p: Any, batch: Batch) -> Any:
-        step = wrapper(parse(remat, sites(cfg)))(lambda x, p: block(x, p, batch, cfg, ops))
+        step = wrapper(parse(remat, sites(cfg)))(lambda x, p: block(x, p, batch, cfg, ops, 0))
         return jax.vjp(step, x, p)[1]
 
     traced = jax.make_jaxpr(pulled)(x, map_with_path(_layer(dtype), specs), batch).jaxpr
@@ -157,7 +166,7 @@ def _letters_by_size(cfg: ModelConfig, rows: int, tokens: int) -> dict[int, str]
     """The letters of a dim of so many, those of two that are merged last; raises `KeyError` when asked for a size that no letters have."""
     layout = plan_layout(MeshPlan(), 1)
     sizes = {
-        letter: n for letter, n in local_sizes(cfg, layout, rows, tokens).items() if letter not in "etVL" and n > 1
+        letter: n for letter, n in local_sizes(cfg, layout, rows, tokens).items() if letter not in "etVLP" and n > 1
     }
     pairs = {sizes[a] * sizes[b]: a + b for a, b in itertools.combinations(sizes, 2)}
     blocks = {tokens // 128: ""}  # a dim of the splash kernel's table of blocks, a few bytes for the whole batch

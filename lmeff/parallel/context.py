@@ -18,18 +18,23 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lmeff.models import attention as attn
-from lmeff.models.mask import Mask
+from lmeff.models.mask import Mask, by_kind
 from lmeff.models.tiles import Tiles, tile_backward, tile_forward
 from lmeff.parallel.order import CHUNKS, from_row, own_indices, reach, to_row
 
 
 class Context(NamedTuple):
-    """The mesh axis that rows are cut over, how many devices it has, how many chunks of a row each holds, and what a query may see."""
+    """The mesh axis that rows are cut over, how many devices it has, how many chunks of a row each holds, and what a query may see.
+
+    full: where layers differ, whether this one has no window after all: the same on all devices, but traced. Such a layer runs what any kind needs of
+          collectives, and chooses between them for its own work.
+    """
 
     axis: str
     devices: int
     chunks: int
     mask: Mask
+    full: Any = None
 
     def documents(self, segments_BT: jax.Array) -> jax.Array:
         """Those of the whole row [B, devices * T], by device. They are the same in every layer, so XLA gathers them once."""
@@ -90,6 +95,7 @@ def context_attention(
     segments_BT: jax.Array,
     mask: Mask,
     *,
+    full: jax.Array | None = None,
     axis: str,
     devices: int,
 ) -> jax.Array:
@@ -97,13 +103,13 @@ def context_attention(
 
     form: "ring", "gather" or "ulysses". For the last, query heads must be a multiple of `devices`; key-value heads that are not are sent more than once.
     """
-    return FORMS[form](q_BTHC, k_BSKC, v_BSKC, segments_BT, Context(axis, devices, CHUNKS[form], mask))
+    return FORMS[form](q_BTHC, k_BSKC, v_BSKC, segments_BT, full, Context(axis, devices, CHUNKS[form], mask))
 
 
 # ---- one device's queries against some keys
 
 
-def _tiling(own: Tokens, other: Tokens, ctx: Context) -> tuple[Tiles, Callable[[jax.Array], jax.Array]]:
+def _tiling(own: Tokens, other: Tokens, ctx: Context, mask: Mask) -> tuple[Tiles, Callable[[jax.Array], jax.Array]]:
     """Tiles that no chunk straddles, where its length allows, and what pads a tensor's dim 1 to whole tiles."""
     chunk = len(own.index) // ctx.chunks
     block = -(-chunk // -(-chunk // attn.TILE))
@@ -113,7 +119,7 @@ def _tiling(own: Tokens, other: Tokens, ctx: Context) -> tuple[Tiles, Callable[[
         return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), **how) if missing else x
 
     t, s = (pad(tokens.index[None], mode="edge")[0] for tokens in (own, other))
-    return Tiles(t, s, ctx.mask, block), pad
+    return Tiles(t, s, mask, block), pad
 
 
 def _units(q_UTGC: jax.Array, keys: Keys, own: Tokens, other: Tokens) -> tuple[jax.Array, ...]:
@@ -124,20 +130,28 @@ def _units(q_UTGC: jax.Array, keys: Keys, own: Tokens, other: Tokens) -> tuple[j
 
 def _visit(q_UTGC: jax.Array, keys: Keys, own: Tokens, other: Tokens, ctx: Context) -> tuple[jax.Array, jax.Array]:
     """Output [U, T, G, C] and log-sum-exp [U, T, G] over these keys alone."""
-    tiles, pad = _tiling(own, other, ctx)
-    units = tuple(map(pad, _units(q_UTGC, keys, own, other)))
-    found = attn.over_units(functools.partial(tile_forward, tiles=tiles), units)
-    return jax.tree.map(lambda x: x[:, : len(own.index)], found)
+
+    def visit(mask: Mask) -> Any:
+        tiles, pad = _tiling(own, other, ctx, mask)
+        units = tuple(map(pad, _units(q_UTGC, keys, own, other)))
+        found = attn.over_units(functools.partial(tile_forward, tiles=tiles), units)
+        return jax.tree.map(lambda x: x[:, : len(own.index)], found)
+
+    return by_kind(visit, ctx.mask, ctx.full)
 
 
 def _visit_back(
     q_UTGC: jax.Array, pull: Pull, keys: Keys, own: Tokens, other: Tokens, ctx: Context
 ) -> tuple[jax.Array, Keys]:
     """These keys' part of the gradient of q [U, T, G, C], and these queries' part of those of k and v [U, S, C]; float32."""
-    tiles, pad = _tiling(own, other, ctx)
-    units = tuple(map(pad, (*_units(q_UTGC, keys, own, other), *pull)))
-    d_q, *d_keys = attn.over_units(functools.partial(tile_backward, tiles=tiles), units)
-    return d_q[:, : len(own.index)], Keys(*(d[:, : len(other.index)] for d in d_keys))
+
+    def visit(mask: Mask) -> Any:
+        tiles, pad = _tiling(own, other, ctx, mask)
+        units = tuple(map(pad, (*_units(q_UTGC, keys, own, other), *pull)))
+        d_q, *d_keys = attn.over_units(functools.partial(tile_backward, tiles=tiles), units)
+        return d_q[:, : len(own.index)], Keys(*(d[:, : len(other.index)] for d in d_keys))
+
+    return by_kind(visit, ctx.mask, ctx.full)
 
 
 def _merge(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -155,8 +169,9 @@ def _own(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> tuple
 
 
 def _arcs(ctx: Context, length: int) -> list[tuple[int, int]]:
-    """(direction, steps) of each way that keys go round: one, or with a window, which needs only near ones, up to two."""
-    behind, ahead = reach(ctx.devices, ctx.chunks, length // ctx.chunks, ctx.mask.window)
+    """(direction, steps) of each way that keys go round: one, or where all layers have a window, which needs only near ones, up to two."""
+    window = ctx.mask.window if ctx.full is None else None
+    behind, ahead = reach(ctx.devices, ctx.chunks, length // ctx.chunks, window)
     return [(way, steps) for way, steps in ((1, behind), (-1, ahead)) if steps]
 
 
@@ -177,7 +192,8 @@ def _where_seen(ctx: Context, own: Tokens, other: Tokens, seen: Callable[[], Any
     if ctx.mask.window is None:
         return seen()  # in zig-zag order there always is one
     first, stop = Tiles(own.index, other.index, ctx.mask, len(own.index) // ctx.chunks).bounds()
-    return jax.lax.cond((first < stop).any(), seen, lambda: nothing)
+    any_seen = (first < stop).any()
+    return jax.lax.cond(any_seen if ctx.full is None else any_seen | ctx.full, seen, lambda: nothing)
 
 
 def _ring_forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, ctx: Context) -> Any:
@@ -291,23 +307,25 @@ def _pull(out: jax.Array, lse: jax.Array, g: jax.Array, kv_heads: int) -> Pull:
 def _with_gradient(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., jax.Array]:
     """A form in units, `(q, k, v, segments, ctx) -> (o, lse)` and `(saved, g, ctx) -> (d_q, d_k, d_v)`, with its custom gradient."""
 
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, ctx: Context) -> jax.Array:
-        return save(q, k, v, segments, ctx)[0]
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, full: Any, ctx: Context) -> jax.Array:
+        return save(q, k, v, segments, full, ctx)[0]
 
-    def save(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, ctx: Context) -> Any:
-        o, lse = forward(q, k, v, segments, ctx)
+    def save(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, full: Any, ctx: Context) -> Any:
+        o, lse = forward(q, k, v, segments, ctx._replace(full=full))
         out, lse = checkpoint_name((attn.from_units(o, q).astype(q.dtype), lse), "attn_out")
-        return out, (q, k, v, segments, out, lse)
+        return out, (q, k, v, segments, full, out, lse)
 
     def pull(ctx: Context, saved: Any, g: jax.Array) -> Any:
-        found = zip(backward(saved, g, ctx), saved[:3], strict=True)
-        return *(attn.from_units(d, x).astype(x.dtype) for d, x in found), None
+        q, k, v, segments, full, out, lse = saved
+        own = ctx._replace(full=full)
+        found = zip(backward((q, k, v, segments, out, lse), g, own), (q, k, v), strict=True)
+        return *(attn.from_units(d, x).astype(x.dtype) for d, x in found), None, None
 
     attend.defvjp(save, pull)
 
-    def scaled(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, ctx: Context) -> jax.Array:
-        return attend(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), k, v, segments, ctx)
+    def scaled(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, full: Any, ctx: Context) -> jax.Array:
+        return attend(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), k, v, segments, full, ctx)
 
     return scaled
 
@@ -315,7 +333,7 @@ def _with_gradient(forward: Callable[..., Any], backward: Callable[..., Any]) ->
 # ---- ulysses
 
 
-def _ulysses(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, ctx: Context) -> jax.Array:
+def _ulysses(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, full: Any, ctx: Context) -> jax.Array:
     """Heads against tokens and back. Key-value heads are repeated until they divide: with fewer than devices, several devices need the same one."""
     copies = ctx.devices // math.gcd(ctx.devices, k.shape[2])
     k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
@@ -327,7 +345,7 @@ def _ulysses(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, ctx:
     whole = jnp.split(rows, (heads[0], heads[0] + heads[1]), 2)
     window, softcap = ctx.mask
     row_BT = ctx.documents(segments)
-    o = attn.attention(*whole, segments_BT=row_BT, window=window, softcap=softcap)
+    o = attn.attention(*whole, segments_BT=row_BT, window=window, softcap=softcap, full=full)
     return jax.lax.all_to_all(o, ctx.axis, split_axis=1, concat_axis=2, tiled=True)
 
 

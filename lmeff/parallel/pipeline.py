@@ -293,8 +293,8 @@ def pick(tree: Any, row: Any) -> Any:
 def embed(member: Member, embedding: Any, batch: Batch) -> jax.Array:
     """What enters a model's first slice."""
     model = member.model
-    table = cast_floating(embedding, model.compute_dtype)["table"]
-    return embed_tokens(table, batch, model.make_ops(plain_einsum)({}).ops, model.compute_dtype)
+    own = cast_floating(embedding, model.compute_dtype)
+    return embed_tokens(own, batch, model.cfg, model.make_ops(plain_einsum)({}).ops, model.compute_dtype)
 
 
 def last_loss(pipe: Pipeline, y_BTD: jax.Array, teacher_BTD: list[jax.Array], outer: Any, batch: Batch) -> Any:

@@ -71,20 +71,25 @@ def _attend(
     *,
     window: int | None,
     softcap: float | None,
+    full: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention within documents; rows and heads are cut over the mesh, so every device works alone but for the tokens of a row."""
     context = layout.axes("S")
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *kind: jax.Array) -> jax.Array:
+        own = {"full": kind[0]} if kind else {}
         if not context:
-            return attention(q, k, v, segments_BT=segments, window=window, softcap=softcap, platform=layout.platform)
+            seen = {"window": window, "softcap": softcap, **own}
+            return attention(q, k, v, segments_BT=segments, platform=layout.platform, **seen)
         where = {"axis": context[0], "devices": layout.size(context)}
-        return context_attention(layout.plan.sequence, q, k, v, segments, Mask(window, softcap), **where)
+        return context_attention(layout.plan.sequence, q, k, v, segments, Mask(window, softcap), **own, **where)
 
     # A Pallas kernel does not say what its results vary over.
     checked = bool(context) or layout.platform != "tpu"
-    call = layout.on_shards(local, ("BSHC", "BSKC", "BSKC", "BS"), "BSHC", checked=checked)
-    return call(q_BTHC, k_BSKC, v_BSKC, segments_BT)
+    kind = () if full is None else (full,)
+    letters = ("BSHC", "BSKC", "BSKC", "BS", *("" for _ in kind))
+    call = layout.on_shards(local, letters, "BSHC", checked=checked)
+    return call(q_BTHC, k_BSKC, v_BSKC, segments_BT, *kind)
 
 
 def _cached(

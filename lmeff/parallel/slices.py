@@ -40,11 +40,13 @@ class Slice(NamedTuple):
 
     ranges:  calibrated activation ranges by site.
     present: which layers are none of the padding; None where all are.
+    index:   which layers of the model they are; None where all layers are alike.
     """
 
     blocks: Any
     ranges: Any
     present: Any
+    index: Any = None
 
 
 class Saved(NamedTuple):
@@ -94,7 +96,8 @@ class Out(NamedTuple):
 def run_layer(model: SliceModel, layer: Slice, x_BTD: jax.Array, batch: Batch, product: Einsum) -> Out:
     """One layer, with every product computed by `product`; padding lets its input through and sums to nothing."""
     scope = model.make_ops(product)(layer.ranges)
-    y_BTD = block(x_BTD, cast_floating(layer.blocks, model.compute_dtype), batch, model.cfg, scope.ops)
+    p = cast_floating(layer.blocks, model.compute_dtype)
+    y_BTD = block(x_BTD, p, batch, model.cfg, scope.ops, layer.index)
     sums = kept_sums(scope.close())
     if layer.present is None:
         return Out(y_BTD, sums)

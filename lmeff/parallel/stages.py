@@ -43,7 +43,7 @@ def take_layers(x: jax.Array, table: np.ndarray, *, cut: bool) -> jax.Array:
         in_place = np.array_equal(table, np.arange(table.size).reshape(table.shape))
         return runs if in_place else _exchange(runs, table[..., 0] // size)
     whole = jax.lax.all_gather(x, AXIS, axis=0, tiled=True) if cut else x
-    return whole[jnp.maximum(jnp.asarray(table)[jax.lax.axis_index(AXIS)], 0)]
+    return whole[own_layers(table)]
 
 
 def exchange(table: np.ndarray, layers: int) -> list[tuple[str, int]]:
@@ -79,6 +79,11 @@ def _routes(slices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for (stage, chunk), own in np.ndenumerate(source):
         send[own, stage, place[stage, chunk]] = run[stage, chunk]
     return send, source * most + place
+
+
+def own_layers(table: np.ndarray) -> jax.Array:
+    """Inside a region over pipe: which layers of the model this stage has, [v, n]; padding is as layer 0."""
+    return jnp.maximum(jnp.asarray(table)[jax.lax.axis_index(AXIS)], 0)
 
 
 def layers_present(table: np.ndarray) -> Any:

@@ -26,7 +26,8 @@ def _ring(step: Step, member: Member) -> Iterator[Term]:
     """Keys and values go round once forward and once backward, there with their float32 gradients one step behind. Where the forward pass is run again
     its first send is also the backward pass's, and XLA does it once."""
     devices, chunks = step.degrees[CONTEXT], CHUNKS["ring"]
-    behind, ahead = reach(devices, chunks, step.tokens // devices // chunks, member.cfg.window)
+    window = None if member.cfg.mixed else member.cfg.window
+    behind, ahead = reach(devices, chunks, step.tokens // devices // chunks, window)
     keys, dtype = _keys(step, member), step.policy.compute
     again = (behind + ahead - (behind > 0)) * member.again.attention
     times = (behind + ahead) * (member.forward + member.backward) + again * member.backward

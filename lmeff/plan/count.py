@@ -22,7 +22,7 @@ from lmeff.core.precision import Policy
 from lmeff.core.specs import abstract
 from lmeff.core.tree import flatten, map_with_path
 from lmeff.models.config import ModelConfig
-from lmeff.models.cost import mean_visible
+from lmeff.models.cost import mean_over_layers
 from lmeff.models.moe import row_capacity
 from lmeff.models.transformer import forward, param_specs, project
 from lmeff.plan.estimate import Site
@@ -175,10 +175,10 @@ class _Counter:
         arithmetic = "int8" if whole else jnp.dtype(x.dtype).name
         self.note(Site(site, "product", equation, 1, float(flops), 1.0, dense, reads, _bytes(made), arithmetic))
 
-    def attend(self, q: Any, k: Any, v: Any, segments: Any, *, window: int | None, softcap: float | None) -> jax.Array:
-        """Scores and values of every query with every key."""
+    def attend(self, q: Any, k: Any, v: Any, segments: Any, **seen: Any) -> jax.Array:
+        """Scores and values of every query with every key; the part that is seen is the mean over layers, which may differ in it."""
         flops = 4.0 * q.size * k.shape[1]
-        visible = mean_visible(self.tokens, window) / self.tokens
+        visible = mean_over_layers(self.cfg, self.tokens) / self.tokens
         reads = {"activation": _bytes(q) + _bytes(k) + _bytes(v), "weight": 0.0}
         format = jnp.dtype(q.dtype).name
         self.note(Site("attention", "attention", "", 1, flops, visible, 1.0, reads, _bytes(q), format))

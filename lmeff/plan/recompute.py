@@ -52,13 +52,14 @@ def _ran(cfg: ModelConfig, remat: str, tokens: int, dtype: Any) -> Again:
 
 
 @functools.cache
-def attention_backward(platform: str, tokens: int, heads: int, kv_heads: int, width: int) -> float:
+def attention_backward(platform: str, tokens: int, heads: int, kv_heads: int, width: int, mixed: bool = False) -> float:
     """FLOPs of attention's backward pass over those of its forward pass, counted in the kernel of these local shapes.
 
     A backward pass that keeps no scores makes them again: 5 products where the forward pass has 2. The TPU's kernel has two backward passes, one for
-    queries and one for keys and values, and each makes them: 7.
+    queries and one for keys and values, and each makes them: 7. Where some layers have a window and others not (`mixed`) it runs its forward pass again: 9.
     """
-    return _ratio(form_of(platform, (1, tokens, heads, width), (1, tokens, kv_heads, width)))
+    form = form_of(platform, (1, tokens, heads, width), (1, tokens, kv_heads, width))
+    return _ratio(form) + (form == "splash" and mixed)
 
 
 @functools.cache
@@ -86,7 +87,7 @@ def _gradient(cfg: ModelConfig, remat: str, tokens: int, dtype: Any) -> Any:
 
     def run(x: Any, p: Any, ids: Any) -> Any:
         batch = Batch(ids, ids, ids, ids, jnp.ones(ids.shape, jnp.float32))
-        step = wrapper(parse(remat, sites(cfg)))(lambda x, p: block(x, p, batch, cfg, _ops()))
+        step = wrapper(parse(remat, sites(cfg)))(lambda x, p: block(x, p, batch, cfg, _ops(), 0))
         out, pull = jax.vjp(step, x, p)
         return out, pull(out)
 
@@ -106,8 +107,8 @@ def _ops() -> Ops:
     def experts(layer: ExpertLayer, x_BTD: Any, batch: Batch, weights: Any, *, reveal: bool = False) -> Routed:
         return layer.run(x_BTD, batch, weights, Products(plain_einsum, grouped), ALONE, reveal)
 
-    def attend(q: Any, k: Any, v: Any, segments: Any, *, window: int | None, softcap: float | None) -> jax.Array:
-        return _attend(q, k, v, segments, Mask(window, softcap))
+    def attend(q: Any, k: Any, v: Any, segments: Any, *, full: Any, **seen: Any) -> jax.Array:
+        return _attend(q, k, v, segments, Mask(**seen))
 
     return make_ops(attend=attend)({}).ops._replace(experts=experts)
 

@@ -12,6 +12,8 @@ from lmeff.core.errors import ConfigError
 from lmeff.core.numerics import QFormat, parse_format
 from lmeff.core.specs import ParamSpec
 from lmeff.core.tree import flatten
+from lmeff.models.cache import cache_bytes as array_bytes
+from lmeff.models.cache import cache_specs, parse_cache
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import AXES
@@ -130,10 +132,10 @@ def table(cfg: ModelConfig, chip: Chip, *, devices: int = 1, batch: int = 1, con
 
 
 def cache_bytes(cfg: ModelConfig, cache: str, rows: int, tokens: int) -> float:
-    """Bytes of the keys and values of so many rows, all layers; a window keeps no more than its own tokens.
+    """Bytes of the keys and values of so many rows, all layers; a layer with a window keeps no more than its own tokens.
 
     "fp8", "int8" and "int4" have a float32 scale for each token and head, "int4/g32" one for each 32 numbers of a head, "int8/tensor" one a layer; affine
-    ones a zero point of 32 bits for each scale.
+    ones a zero point of 32 bits for each scale. "int4/channel" and the like are counted by the very arrays (`lmeff.models.cache.CacheFormat`).
 
     Llama-3-8B: 2 x 32 layers x 8 heads x 128 numbers x 2 bytes are 128 KiB a token; int8 with scales is (128 + 4) / 256 of that.
 
@@ -141,8 +143,10 @@ def cache_bytes(cfg: ModelConfig, cache: str, rows: int, tokens: int) -> float:
     >>> [cache_bytes(preset("llama3_8b"), cache, 1, 8192) / 2**20 for cache in ("bfloat16", "int8")]
     [1024.0, 528.0]
     """
-    seen = tokens if cfg.window is None else min(tokens, cfg.window)
-    heads = 2 * cfg.layers * cfg.kv_heads * seen * rows
+    if "/channel" in cache:
+        return float(array_bytes(cache_specs(cfg, parse_cache(cache), rows=rows, tokens=tokens)))
+    seen = sum(count * min(tokens, window or tokens) for window, count in cfg.windows)
+    heads = 2 * cfg.kv_heads * seen * rows
     codes = heads * cfg.head_size * bits(cache) / 8
     if cache in FLOATS:
         return codes
@@ -214,7 +218,8 @@ def _phase(
 ) -> Phase:
     """Of a pass over `tokens` new tokens a row, the last of which sees `context`; the head sees one token a row."""
     share = devices / chip.chips(devices)
-    attention = 4.0 * cfg.layers * cfg.heads * cfg.head_size * rows * _visible(cfg, tokens, context)
+    pairs = sum(count * _visible(window, tokens, context) for window, count in cfg.windows)
+    attention = 4.0 * cfg.heads * cfg.head_size * rows * pairs
     products = 2.0 * rows * tokens * _active(cfg)
     head = 2.0 * rows * cfg.width * cfg.vocab
     float_rate = chip.rate("float32" if arithmetic == "float32" else "bfloat16")
@@ -227,12 +232,11 @@ def _phase(
     )
 
 
-def _visible(cfg: ModelConfig, tokens: int, context: int) -> float:
-    """Pairs of a new token and one that it sees."""
-    window = cfg.window or context
+def _visible(window: int | None, tokens: int, context: int) -> float:
+    """Pairs of a new token and one that it sees in a layer."""
+    full = min(window or context, context)
     if tokens == 1:
-        return min(window, context)
-    full = min(window, context)
+        return full
     return full * (full + 1) / 2 + (context - full) * full
 
 

@@ -186,7 +186,7 @@ def context(job: Job, chip: Chip, topology: Topology | None = None) -> Iterator[
     if degree == 1 or job.mesh.sequence == "ulysses":
         return
     joined = link(job, chip, ("context",), topology)
-    seen = job.tokens if cfg.window is None else min(job.tokens, cfg.window)
+    seen = sum(count * min(job.tokens, window or job.tokens) for window, count in cfg.windows) / cfg.layers
     # 4 H C FLOPs for each of a query's keys, half of them masked away; 2 K C numbers of each key, which a device gets of all other devices.
     intensity = seen / 2 * 4 * cfg.heads / (2 * cfg.kv_heads * _width(job)) / degree
     verdict = "hides" if intensity >= joined.alpha else "does not hide"

@@ -87,7 +87,7 @@ def _attention(found: tuple[Site, ...]) -> float:
 
 def _backward_of_attention(job: Job, local: tuple[int, int, int, int]) -> float:
     """Over its forward pass. Rows that are cut over devices go through the model's own loops over tiles, whatever the platform."""
-    return attention_backward("cpu" if job.degrees["context"] > 1 else job.platform, *local)
+    return attention_backward("cpu" if job.degrees["context"] > 1 else job.platform, *local, job.cfg.mixed)
 
 
 def _teacher(job: Job, found: tuple[Site, ...]) -> float:

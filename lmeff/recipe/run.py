@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lmeff.config import Experiment, Stage
 from lmeff.config.files import check_resume, write
+from lmeff.config.loads import keep, loads
 from lmeff.config.validate import validate
 from lmeff.core.errors import CheckpointError, DataError
 from lmeff.core.extras import require
@@ -57,6 +58,7 @@ def run(
     with lock(directory):
         if leads():
             write(experiment, directory)
+            keep(loads(experiment, directory), directory)
         stages = experiment.recipe if only is None else needed(experiment.recipe, only)
         artifacts: dict[str, Artifact] = {}
         for stage in stages:
@@ -151,7 +153,7 @@ def make_or_load(shop: Workshop, stage: Stage, earlier: Mapping[str, Artifact], 
 
 def _intent(stage: Stage, steps: int) -> str:
     """What a stage is about to do, in words."""
-    words = [f"from {stage.start}" if stage.start else "from random weights"]
+    words = [f"from {stage.start or stage.load or 'random weights'}"]
     if stage.shrink is not None:
         words.append("cut smaller")
     if stage.compress:

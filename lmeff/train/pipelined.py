@@ -20,7 +20,7 @@ from lmeff.parallel.region import split_rows
 from lmeff.parallel.schedules import resolve
 from lmeff.parallel.seam import layout_ops
 from lmeff.parallel.slices import Slice, SliceModel
-from lmeff.parallel.stages import layer_table, layers_present, take_layers
+from lmeff.parallel.stages import layer_table, layers_present, own_layers, take_layers
 from lmeff.parallel.stash import STASHES
 from lmeff.parallel.tables import Schedule
 from lmeff.train.runtime import Frozen, Metrics, Model, Runtime
@@ -89,7 +89,7 @@ def member(
     table = layer_table(schedule, model.cfg.layers)
     ranges = ranges or {}
     own = {site: take_layers(x, table, cut=False) for site, x in ranges.items() if site != "head"}
-    chunks = Slice(shown["blocks"], own, layers_present(table))
+    chunks = Slice(shown["blocks"], own, layers_present(table), own_layers(table) if model.cfg.mixed else None)
     outer = {key: part for key, part in shown.items() if key != "blocks"}
     head = {site: x for site, x in ranges.items() if site == "head"}
     make = functools.partial(layout_ops, layout, model.numerics)

@@ -24,7 +24,7 @@ BATCHES = [make_batch(seed=i) for i in range(3)]
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model(tied=False, bias=True)
+    return make_model(tied=False, bias="all")
 
 
 def recorded(cfg, params, batch, view=lambda p, s: p, state=()):

@@ -19,7 +19,7 @@ REST = (".*", None)
 
 
 def test_the_default_rules_are_every_matrix_of_the_blocks():
-    for cfg in (CFG, preset("tiny", activation="gelu", bias=True, norm="layer", tied=False, qk_norm=True)):
+    for cfg in (CFG, preset("tiny", activation="gelu", bias="all", norm="layer", tied=False, qk_norm="head")):
         specs = param_specs(cfg)
         state = jax.eval_shape(lambda p, s=specs: build((Quantize(),)).init(p, s), _abstract(specs))
         want = {path for path, spec in flatten(specs).items() if spec.is_matmul and path.startswith("blocks/")}

@@ -61,7 +61,7 @@ def test_activation_equals_numpy(model, found):
 
 
 def test_magnitude_equals_numpy():
-    cfg, params = make_model(bias=True)
+    cfg, params = make_model(bias="all")
     got = scores("magnitude", cfg, params, (), ONE)
     attn, mlp = (jax.tree.map(lambda x: np.asarray(x, np.float64), params["blocks"][key]) for key in ("attn", "mlp"))
     for layer, neuron in [(0, 0), (2, 7)]:

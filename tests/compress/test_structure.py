@@ -32,12 +32,12 @@ VARIANTS = {
     "grouped, gated, tied": {},
     "untied, plain, biases, layer norms, head norms": {
         "activation": "gelu",
-        "bias": True,
+        "bias": "all",
         "tied": False,
-        "qk_norm": True,
+        "qk_norm": "head",
         "norm": "layer",
     },
-    "multi-head, gelu gate, head norms": {"kv_heads": 4, "activation": "geglu", "qk_norm": True, "bias": True},
+    "multi-head, gelu gate, head norms": {"kv_heads": 4, "activation": "geglu", "qk_norm": "head", "bias": "all"},
     "multi-query, own head width": {"kv_heads": 1, "head_width": 6, "tied": False, "window": 5},
 }
 PRODUCTS = {

@@ -94,6 +94,23 @@ CASES = {
         ("plain", Mesh(pipe=2, expert=2, tensor=2, model="moe", accumulate=2, stash="residuals")),
         ("weights", Mesh(expert=2, context=2, tensor=2, model="moe", sequence="ulysses", accumulate=2)),
     ],
+    "variants": [
+        ("plain", Mesh(data=2, tensor=2, model="gemma", remat="names")),
+        ("plain", Mesh(fsdp=4, model="gpt")),
+        ("plain", Mesh(fsdp=2, tensor=4, model="olmo")),
+        ("plain", Mesh(pipe=2, tensor=2, accumulate=2, schedule="zb-h1", model="gemma", remat="full")),
+        (
+            "plain",
+            Mesh(pipe=2, data=2, accumulate=4, schedule="interleaved", chunks=2, model="gemma", stash="residuals"),
+        ),
+        ("teacher", Mesh(pipe=2, context=2, fsdp=2, accumulate=2, sequence="gather", model="olmo")),
+        ("plain", Mesh(context=4, fsdp=2, sequence="ring", model="olmo", remat="dots")),
+        ("plain", Mesh(context=2, tensor=2, sequence="ulysses", model="gemma", accumulate=2)),
+        ("plain", Mesh(pipe=2, fsdp=2, tensor=2, accumulate=2, model="gpt")),
+        ("plain", Mesh(context=2, tensor=2, data=2, model="gpt")),
+        ("plain", Mesh(context=4, fsdp=2, model="phi")),
+        ("weights", Mesh(dcn=2, fsdp=2, tensor=2, accumulate=2, model="phi", zero=2)),
+    ],
 }
 
 
@@ -106,10 +123,13 @@ def name(mesh):
     return "-".join([*(parts or ["one"]), *([mesh.remat] if mesh.remat != "none" else []), mesh.model])
 
 
+FAST = {"rows and matrices": 4, "variants": 3}
+
+
 def cases():
     for group, members in CASES.items():
         for position, (feature, mesh) in enumerate(members):
-            marks = () if position < (4 if group == "rows and matrices" else 1) else pytest.mark.slow
+            marks = () if position < FAST.get(group, 1) else pytest.mark.slow
             yield pytest.param(mesh, feature, id=f"{feature}-{name(mesh)}", marks=marks)
 
 

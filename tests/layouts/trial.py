@@ -19,7 +19,7 @@ from lmeff.core.precision import Policy
 from lmeff.core.specs import initialize
 from lmeff.core.tree import map_with_path
 from lmeff.distill.objectives import Distill, Projection, head_objective
-from lmeff.models.config import ModelConfig, MoE
+from lmeff.models.config import ModelConfig, MoE, RopeScaling
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import AXES, MeshPlan, make_layout, shardings
 from lmeff.parallel.rows import place_batch
@@ -33,7 +33,7 @@ UNOPTIMIZED = {"xla_backend_optimization_level": 0}  # of LLVM: half the compile
 
 MODELS = {
     "grouped": ModelConfig(vocab=96, width=64, layers=2, heads=8, kv_heads=4, ffn=128, tied=False),
-    "tied": ModelConfig(vocab=96, width=64, layers=2, heads=8, kv_heads=8, ffn=128, qk_norm=True, logit_softcap=20.0),
+    "tied": ModelConfig(vocab=96, width=64, layers=2, heads=8, kv_heads=8, ffn=128, qk_norm="head", logit_softcap=20.0),
     "uneven": ModelConfig(vocab=96, width=32, layers=5, heads=4, kv_heads=2, ffn=64),
     "experts": ModelConfig(vocab=96, width=64, layers=2, heads=4, kv_heads=2, ffn=32, moe=MoE(experts=8, shared=1)),
     "capacity": ModelConfig(
@@ -43,6 +43,67 @@ MODELS = {
     "six": ModelConfig(vocab=96, width=32, layers=6, heads=4, kv_heads=4, ffn=64, tied=False),
     "moe": ModelConfig(
         vocab=96, width=32, layers=4, heads=4, kv_heads=2, ffn=32, tied=False, moe=MoE(experts=4, shared=1)
+    ),
+    # What families combine: windows and thetas by layer, norms on both sides; one RMS over heads that are on several devices; a table of positions.
+    "gemma": ModelConfig(
+        vocab=96,
+        width=32,
+        layers=5,
+        heads=4,
+        kv_heads=2,
+        ffn=64,
+        activation="geglu",
+        norm_plus_one=True,
+        norm_at="both",
+        qk_norm="head",
+        embed_scale=32**0.5,
+        window=4,
+        full_layers=(1, 4),
+        rope_theta=1e5,
+        rope_local_theta=1e3,
+        rope_scaling=RopeScaling(kind="linear", factor=4.0),
+        attention_scale=0.3,
+        attention_softcap=20.0,
+    ),
+    "olmo": ModelConfig(
+        vocab=96,
+        width=64,
+        layers=4,
+        heads=4,
+        kv_heads=4,
+        ffn=64,
+        norm_at="post",
+        qk_norm="width",
+        tied=False,
+        window=4,
+        full_layers=(0, 3),
+    ),
+    "gpt": ModelConfig(
+        vocab=96,
+        width=32,
+        layers=4,
+        heads=4,
+        kv_heads=4,
+        ffn=64,
+        activation="gelu",
+        norm="layer",
+        bias="all",
+        positions="learned",
+        context=32,
+        qk_norm="head",  # without it, and without rotation, no score depends on the keys' bias
+    ),
+    "phi": ModelConfig(
+        vocab=96,
+        width=64,
+        layers=4,
+        heads=4,
+        kv_heads=2,
+        ffn=64,
+        bias="qkv",
+        rope_fraction=0.5,
+        rope_scaling=RopeScaling(
+            kind="longrope", factor=8.0, original=6, short=(1.0, 1.2, 1.5, 2.0), long=(2.0, 4.0, 8.0, 9.0)
+        ),
     ),
     "deep": ModelConfig(vocab=96, width=32, layers=16, heads=4, kv_heads=4, ffn=128),
 }

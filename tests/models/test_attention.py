@@ -57,6 +57,19 @@ def test_equals_the_oracle(name, form, monkeypatch):
         np.testing.assert_allclose(g, w, atol=1e-5 * float(jnp.abs(w).max()))
 
 
+@pytest.mark.parametrize("form", ["short", "long"])
+@pytest.mark.parametrize("full", [True, False])
+def test_equals_the_oracle_of_the_kind_that_is_chosen_while_it_runs(full, form):
+    fn = attn.FORMS["panels"] if form == "short" else attn.blocked(attn._tile_forward, attn._tile_backward, 256)
+    args, mask = inputs(1, 150, 2, 1), attn.Mask(17, 2.0)
+    chosen = lambda *args: fn(*args[:4], mask, jnp.asarray(args[4]))  # noqa: E731
+    got, got_grads = value_and_gradients(chosen, *args, full)
+    want, want_grads = value_and_gradients(attn.reference_attention, *args, mask.full if full else mask)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    for g, w in zip(got_grads, want_grads, strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-5 * float(jnp.abs(w).max()))
+
+
 def test_padding_gives_zeros_and_no_gradient():
     q, k, v, segments = inputs(1, 24, 2, 1)
     out, grads = value_and_gradients(attn.FORMS["panels"], q, k, v, segments, attn.Mask(None, None))

@@ -397,5 +397,5 @@ def test_bad_mixtures_are_refused(message):
 
 
 def test_experts_with_biases_are_refused():
-    with pytest.raises(ConfigError, match=r"model\.bias: got True with model\.moe"):
-        ModelConfig(moe=MoE(), bias=True)
+    with pytest.raises(ConfigError, match=r"model\.bias: got 'all' with model\.moe"):
+        ModelConfig(moe=MoE(), bias="all")

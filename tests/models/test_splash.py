@@ -1,5 +1,7 @@
 """The TPU kernel, run step by step, equals the plain oracle; and which form of attention is taken where."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,6 +25,17 @@ def test_equals_the_oracle(heads, kv_heads, width, mask):
     want, want_grads = value_and_gradients(attn.reference_attention, *args, mask)
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert (np.asarray(got)[np.asarray(args[3]) == 0] == 0).all(), "padding"
+    for g, w in zip(got_grads, want_grads, strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-5 * float(jnp.abs(w).max()))
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_equals_the_oracle_where_layers_differ(full):
+    mask, args = attn.Mask(100, 3.0), inputs(1, 128, 2, 1, width=64)
+    chosen = functools.partial(splash.interpreted, full=jnp.asarray(full))
+    got, got_grads = value_and_gradients(chosen, *args, mask)
+    want, want_grads = value_and_gradients(attn.reference_attention, *args, mask.full if full else mask)
+    np.testing.assert_allclose(got, want, atol=1e-5)
     for g, w in zip(got_grads, want_grads, strict=True):
         np.testing.assert_allclose(g, w, atol=1e-5 * float(jnp.abs(w).max()))
 

@@ -1,6 +1,8 @@
 """The model in all its variants: equal to an oracle, causal, blind across documents, and with no dead parameter."""
 
+import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -13,28 +15,107 @@ from lmeff.core.ops import lookup, make_ops
 from lmeff.core.specs import abstract, count, initialize
 from lmeff.core.tree import flatten, map_with_path
 from lmeff.models.attention import attention
-from lmeff.models.config import PRESETS, ModelConfig, MoE, preset
+from lmeff.models.config import PRESETS, ModelConfig, MoE, RopeScaling, preset, read, with_layers
 from lmeff.models.transformer import forward, param_specs, project, sites
 from tests.models import oracle
 
 T = 12
 FIRST = 5  # tokens of the first document; the second has the rest
 BASE = {"vocab": 23, "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 24}
+# Each combines what the models of a family combine, smaller.
+FAMILIES = {
+    "llama 3": {
+        "head_width": 8,
+        "tied": False,
+        "rope_theta": 500_000.0,
+        "rope_scaling": RopeScaling(kind="llama3", factor=8.0, original=64),
+    },
+    "mistral": {"window": 3, "tied": False},
+    "qwen 2": {"bias": "qkv", "tied": False, "norm_eps": 1e-6},
+    "qwen 3": {"qk_norm": "head", "head_width": 6, "rope_theta": 1e6},
+    "gemma": {"activation": "geglu", "norm_plus_one": True, "embed_scale": 4.0, "kv_heads": 1, "head_width": 6},
+    "gemma 2": {
+        "activation": "geglu",
+        "norm_plus_one": True,
+        "norm_at": "both",
+        "embed_scale": 4.0,
+        "window": 3,
+        "full_layers": (1,),
+        "attention_scale": 12**-0.5,
+        "attention_softcap": 5.0,
+        "logit_softcap": 3.0,
+    },
+    "gemma 3": {
+        "activation": "geglu",
+        "norm_plus_one": True,
+        "norm_at": "both",
+        "qk_norm": "head",
+        "embed_scale": 4.0,
+        "layers": 3,
+        "window": 3,
+        "full_layers": (2,),
+        "rope_theta": 1e6,
+        "rope_local_theta": 1e4,
+        "rope_scaling": RopeScaling(kind="linear", factor=8.0),
+    },
+    "olmo 2": {"norm_at": "post", "qk_norm": "width", "kv_heads": 4, "tied": False},
+    "phi 3": {
+        "head_width": 8,
+        "rope_fraction": 0.75,
+        "tied": False,
+        "rope_scaling": RopeScaling(
+            kind="longrope", factor=32.0, original=6, short=(1.0, 1.1, 1.3), long=(1.5, 4.0, 9.0)
+        ),
+    },
+    "gpt 2": {
+        "activation": "gelu",
+        "bias": "all",
+        "norm": "layer",
+        "positions": "learned",
+        "context": 12,
+        "kv_heads": 4,
+    },
+}
 VARIANTS = {
     "grouped": {},
     "multi-head, untied": {"kv_heads": 4, "tied": False},
     "multi-query, geglu": {"kv_heads": 1, "activation": "geglu"},
-    "plain gelu, biases, layer norms": {"activation": "gelu", "bias": True, "norm": "layer", "tied": False},
-    "head norms, window": {"qk_norm": True, "window": 3},
+    "plain gelu, biases, layer norms": {"activation": "gelu", "bias": "all", "norm": "layer", "tied": False},
+    "head norms, window": {"qk_norm": "head", "window": 3},
     "softcaps, wide heads": {"logit_softcap": 3.0, "attention_softcap": 2.0, "head_width": 6},
     "experts": {"moe": MoE(experts=4, top_k=2, shared=1)},
     "experts, softmax over all, plain": {"moe": MoE(experts=3, top_k=2, normalize=False), "activation": "gelu"},
+    "linear scaling": {"rope_scaling": RopeScaling(kind="linear", factor=4.0)},
+    "dynamic scaling": {"rope_scaling": RopeScaling(kind="dynamic", factor=2.0, original=6)},
+    "yarn": {"head_width": 8, "rope_scaling": RopeScaling(kind="yarn", factor=4.0, original=256, beta_fast=8.0)},
+    "yarn, own amplitude, whole bounds off": {
+        "head_width": 8,
+        "rope_scaling": RopeScaling(kind="yarn", factor=4.0, original=256, attention=1.3, truncate=False),
+    },
+    "width norms that keep the difference to 1": {"qk_norm": "width", "norm_plus_one": True},
+    "biases of all of attention, scaled scores": {"bias": "attention", "attention_scale": 0.2},
+    "windows apart, one theta": {"layers": 3, "window": 3, "full_layers": (1,)},
+    "every layer local": {"window": 4, "rope_local_theta": 50.0, "rope_scaling": RopeScaling(kind="linear", factor=2)},
+    "scaling in the layers that see all": {
+        "window": 3,
+        "full_layers": (1,),
+        "rope_local_theta": 100.0,
+        "rope_scaling": RopeScaling(kind="yarn", factor=4.0, original=256),
+    },
+    "experts, biased queries, norms of both": {
+        "moe": MoE(experts=4, top_k=2),
+        "bias": "qkv",
+        "norm_at": "both",
+        "window": 3,
+        "full_layers": (0,),
+    },
+    **FAMILIES,
     "everything": {
         "kv_heads": 1,
         "activation": "geglu",
-        "bias": True,
+        "bias": "all",
         "norm": "layer",
-        "qk_norm": True,
+        "qk_norm": "head",
         "window": 4,
         "logit_softcap": 5.0,
         "attention_softcap": 4.0,
@@ -82,8 +163,8 @@ class Probe:
         self.logits, self.losses, self.gradients, self.reach = measured
 
     def logits_of(self, params, batch, nudge):
-        def attend(q, k, v, segments, *, window, softcap):
-            return attention(q, k, v, segments_BT=segments, window=window, softcap=softcap)
+        def attend(q, k, v, segments, **seen):
+            return attention(q, k, v, segments_BT=segments, **seen)
 
         make = make_ops(attend=attend, embed=lambda table, tokens: lookup(table, tokens) + nudge)
         out = forward(params, batch, self.cfg, make_ops=make)
@@ -124,9 +205,10 @@ def test_a_token_hears_its_own_document_up_to_itself_and_its_window(variant):
     found = probe(variant)
     t, s = np.arange(T)[:, None], np.arange(T)[None, :]
     segments = found.batch.segments[0]
-    hears = (segments[:, None] == segments[None, :]) & (s <= t)
-    if found.cfg.window is not None:
-        hears &= t - s <= found.cfg.layers * (found.cfg.window - 1)
+    together, hears = (segments[:, None] == segments[None, :]) & (s <= t), np.eye(T, dtype=bool)
+    for layer in range(found.cfg.layers):
+        window = T if found.cfg.window is None or layer in found.cfg.full_layers else found.cfg.window
+        hears = (together & (t - s < window)) @ hears
     assert (found.reach[:, 0][~hears] == 0).all()
     assert (found.reach[:, 0][hears] > 1e-6).all()
     assert (found.reach[:, 1:] == 0).all(), "rows hear each other"
@@ -149,8 +231,11 @@ def test_parameters_match_their_specs_and_none_is_dead(variant):
         assert params[path].shape == spec.shape == tuple(found.cfg.sizes[letter] for letter in spec.letters), path
         assert np.isfinite(gradients[path]).all(), path
         per_layer = np.abs(gradients[path]).reshape(found.cfg.layers if spec.stacked else 1, -1).max(-1)
-        # A key bias moves all scores of a query alike but for the rotation between positions, so its gradient is small.
-        assert (per_layer > 1e-6).all(), (path, per_layer)
+        # A key bias moves all scores of a query alike but for the rotation between positions, so its gradient is small, and nothing without rotation.
+        if path.endswith("k_bias") and found.cfg.positions == "learned":
+            assert (per_layer < 1e-5).all(), (path, per_layer)
+        else:
+            assert (per_layer > 1e-6).all(), (path, per_layer)
 
 
 def test_fields_change_the_tree():
@@ -159,7 +244,14 @@ def test_fields_change_the_tree():
 
     base = paths()
     assert paths(tied=False) - base == {"head/w"}
-    assert paths(qk_norm=True) - base == {"blocks/attn/q_norm", "blocks/attn/k_norm"}
+    assert paths(qk_norm="head") - base == {"blocks/attn/q_norm", "blocks/attn/k_norm"}
+    assert paths(bias="qkv") - base == {f"blocks/attn/{name}_bias" for name in "qkv"}
+    assert paths(bias="attention") - paths(bias="qkv") == {"blocks/attn/o_bias"}
+    assert paths(bias="all") - paths(bias="attention") == {"blocks/mlp/up_bias", "blocks/mlp/down_bias"}
+    assert paths(positions="learned", context=8) - base == {"embed/positions"}
+    after = {f"blocks/{name}_post_norm/scale" for name in ("attn", "mlp")}
+    assert paths(norm_at="both") - base == paths(norm_at="post") - base == after
+    assert base - paths(norm_at="post") == {"blocks/attn_norm/scale", "blocks/mlp_norm/scale"}
     assert base - paths(activation="gelu") == {"blocks/mlp/gate"}
     assert paths(norm="layer") - base == {
         f"{name}/bias" for name in ("final_norm", "blocks/attn_norm", "blocks/mlp_norm")
@@ -182,6 +274,32 @@ BAD = {
     "model.norm: got 'batch'": {"norm": "batch"},
     "model.activation: got 'relu'": {"activation": "relu"},
     "model.window: got 0": {"window": 0},
+    "model.norm_at: got 'middle'": {"norm_at": "middle"},
+    "model.positions: got 'sine'": {"positions": "sine"},
+    "model.bias: got True": {"bias": True},
+    "model.qk_norm: got 'all'": {"qk_norm": "all"},
+    "model.norm_plus_one: got True with model.norm 'layer'": {"norm": "layer", "norm_plus_one": True},
+    "model.context: got None": {"positions": "learned"},
+    "model.context: got 0": {"context": 0},
+    "model.rope_fraction: got 0.5 with": {"positions": "learned", "context": 8, "rope_fraction": 0.5},
+    "model.rope_fraction: got 1.5": {"rope_fraction": 1.5},
+    "turns 3 channels": {"rope_fraction": 0.75},
+    "model.rope_theta: got 1": {"rope_theta": 1},
+    "model.rope_local_theta: got 100.0 without": {"rope_local_theta": 100.0},
+    r"model.full_layers: got \(0,\) without": {"full_layers": (0,)},
+    r"model.full_layers: got \(2,\), expected": {"window": 3, "full_layers": (2,)},
+    r"model.full_layers: got \(1, 0\), expected": {"window": 3, "full_layers": (1, 0)},
+    "model.full_layers: got all 2": {"window": 3, "full_layers": (0, 1)},
+    "model.attention_scale: got 0": {"attention_scale": 0.0},
+    "model.embed_scale: got -1": {"embed_scale": -1.0},
+    "model.attention_softcap: got 0": {"attention_softcap": 0.0},
+    "rope_scaling.short: got 0 divisors, expected 2": {
+        "rope_scaling": RopeScaling(kind="longrope", factor=2.0, original=8)
+    },
+    "'dynamic' for 2 channels": {
+        "head_width": 2,
+        "rope_scaling": RopeScaling(kind="dynamic", factor=2.0, original=8),
+    },
 }
 
 
@@ -194,3 +312,73 @@ def test_bad_shapes_are_refused(message):
 def test_bad_names_are_refused():
     with pytest.raises(ConfigError, match="expected one of"):
         preset("huge")
+
+
+BAD_SCALINGS = {
+    "kind: got 'ntk'": {"kind": "ntk"},
+    "original: got None": {"kind": "llama3", "factor": 2.0},
+    "factor: got 0.5": {"kind": "linear", "factor": 0.5},
+    "low: got 4.0 with high = 2.0": {"kind": "llama3", "factor": 2.0, "original": 8, "low": 4.0, "high": 2.0},
+    "beta_slow: got 9.0": {"kind": "yarn", "factor": 2.0, "original": 8, "beta_slow": 9.0, "beta_fast": 3.0},
+    "attention: got 0": {"kind": "yarn", "factor": 2.0, "original": 8, "attention": 0.0},
+    "long: got ": {"kind": "longrope", "factor": 2.0, "original": 8, "short": (1.0,), "long": (0.0,)},
+}
+
+
+@pytest.mark.parametrize("message", BAD_SCALINGS)
+def test_bad_scalings_are_refused(message):
+    with pytest.raises(ConfigError, match=message):
+        RopeScaling(**BAD_SCALINGS[message])
+
+
+def test_rows_longer_than_the_positions_are_refused():
+    cfg = ModelConfig(**{**BASE, **FAMILIES["gpt 2"], "context": T - 1})
+    make = make_ops(attend=lambda q, *rest, **seen: q)
+    params = abstract(param_specs(cfg))
+    with pytest.raises(ConfigError, match=r"batch: got 12 tokens a row, expected at most model\.context = 11"):
+        jax.eval_shape(lambda p: forward(p, make_batch(), cfg, make_ops=make).hidden_BTD, params)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_config_is_read_back_from_json(variant):
+    cfg = ModelConfig(**{**BASE, **VARIANTS[variant]})
+    assert read(json.loads(json.dumps(dataclasses.asdict(cfg)))) == cfg
+
+
+@pytest.mark.parametrize(("bias", "qk_norm"), [(False, False), (True, True)])
+def test_a_config_is_read_from_when_biases_and_norms_were_on_or_off(bias, qk_norm):
+    old = {**BASE, "bias": bias, "qk_norm": qk_norm}
+    assert read(old) == ModelConfig(**BASE, bias="all" if bias else "none", qk_norm="head" if qk_norm else None)
+
+
+def test_dropped_layers_leave_the_others_as_they_were():
+    cfg = ModelConfig(**{**BASE, "layers": 6, "window": 4, "full_layers": (1, 3, 5), "rope_local_theta": 100.0})
+    assert with_layers(cfg, [0, 3, 4, 5]).full_layers == (1, 3)
+    assert with_layers(cfg, [0, 2]) == dataclasses.replace(cfg, layers=2, full_layers=())
+    alike = with_layers(cfg, [1, 5])
+    assert (alike.layers, alike.window, alike.full_layers, alike.rope_local_theta) == (2, None, (), None)
+
+
+def loops(**changes):
+    """The loops over layers of a gradient, forward and backward."""
+    cfg = ModelConfig(**{**BASE, "layers": 3, "window": 3, **changes})
+
+    def loss(params, batch):
+        make = make_ops(attend=lambda q, k, v, segments, **seen: attention(q, k, v, segments_BT=segments, **seen))
+        return forward(params, batch, cfg, make_ops=make).hidden_BTD.sum()
+
+    traced = jax.make_jaxpr(jax.grad(loss))(abstract(param_specs(cfg)), make_batch())
+    return [eqn for eqn in traced.eqns if eqn.primitive.name == "scan" and eqn.params["length"] == cfg.layers]
+
+
+def test_layers_that_differ_choose_inside_attention_and_keep_nothing_twice():
+    def choices(loop):
+        return sum(eqn.primitive.name == "cond" for eqn in loop.params["jaxpr"].eqns)
+
+    def kept(loop):
+        return sum(v.aval.size for v in loop.outvars if v.aval.dtype == jnp.float32)
+
+    alike, mixed = loops(), loops(full_layers=(1,))
+    assert [choices(loop) for loop in alike] == [0, 0]
+    assert [choices(loop) for loop in mixed] == [1, 1]
+    assert kept(mixed[0]) == kept(alike[0])

@@ -110,6 +110,29 @@ def test_equals_it_without_checks_and_in_low_precision(form):
         np.testing.assert_allclose(r.astype(np.float32), g, atol=3e-2 * np.abs(g).max())
 
 
+@pytest.mark.parametrize("form", [slow_where(form != "ring", form) for form in FORMS])
+@pytest.mark.parametrize("checked", [slow_where(True, True), False])
+def test_a_layer_that_learns_while_it_runs_whether_it_sees_all(form, checked):
+    args, mask = inputs(64, 8, 4), Mask(7, 3.0)
+    heads = P("data", "context", "tensor")
+    specs = {"in_specs": (heads, heads, heads, ROW, P()), "out_specs": heads, "check_vma": checked}
+
+    def local(q, k, v, segments, full):
+        return context_attention(form, q, k, v, segments, mask, full=full, axis="context", devices=4)
+
+    mixed = jax.shard_map(local, mesh=mesh_of(4, 1), **specs)
+
+    def of_kind(full):
+        return with_gradients(lambda q, k, v, segments: mixed(q, k, v, segments, full))
+
+    def both(*args):
+        return [of_kind(full)(*args) for full in jnp.asarray([True, False])]
+
+    got = in_row_order(form, 4, both, *args)
+    for found, seen in zip(got, (mask.full, mask), strict=True):
+        assert_close(found, with_gradients(functools.partial(attn.reference_attention, mask=seen))(*args))
+
+
 def layered(form, context, tensor, mask):
     """Gradients of several layers of attention, each with its own k and v."""
     attend = sharded(form, context, tensor, mask)

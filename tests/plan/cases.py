@@ -63,7 +63,7 @@ HELD_OUT = {
     "narrow ffn, full": cpu(sized(width=384, heads=6, kv_heads=3, ffn=512), rows=4),
     "long rows, names": cpu(sized(layers=3), rows=2, tokens=2048, remat="names"),
     "large vocabulary": cpu(sized(vocab=16384, layers=2), rows=8),
-    "gelu, layer norm": cpu(sized(activation="gelu", norm="layer", bias=True, ffn=1024), rows=8),
+    "gelu, layer norm": cpu(sized(activation="gelu", norm="layer", bias="all", ffn=1024), rows=8),
     "fsdp 2 x tensor 4, dots": cpu(sized(kv_heads=4), mesh=MeshPlan(fsdp=2, tensor=4), devices=8, remat="dots"),
     "context 4": cpu(mesh=MeshPlan(context=4), devices=4, rows=2, tokens=1024),
     "zero 1": cpu(mesh=MeshPlan(fsdp=4, zero=1), devices=4, rows=16),

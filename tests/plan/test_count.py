@@ -29,8 +29,8 @@ BASE = ModelConfig(vocab=384, width=128, layers=3, heads=8, kv_heads=8, ffn=320)
 CFGS = {
     "dense": BASE,
     "grouped, untied": dataclasses.replace(BASE, kv_heads=2, tied=False),
-    "plain ffn, biases": dataclasses.replace(BASE, activation="gelu", bias=True, norm="layer"),
-    "window, wide heads": dataclasses.replace(BASE, window=24, head_width=32, qk_norm=True),
+    "plain ffn, biases": dataclasses.replace(BASE, activation="gelu", bias="all", norm="layer"),
+    "window, wide heads": dataclasses.replace(BASE, window=24, head_width=32, qk_norm="head"),
     "experts": dataclasses.replace(BASE, moe=MoE(experts=8, top_k=2)),
     "experts with capacity": dataclasses.replace(BASE, moe=MoE(experts=8, top_k=2, capacity=1.25)),
     "shared experts": dataclasses.replace(BASE, moe=MoE(experts=8, top_k=3, shared=2)),

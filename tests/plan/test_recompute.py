@@ -90,7 +90,7 @@ def gradient(cfg, remat, attend, tokens):
 def test_the_compiler_computes_the_same_again():
     """XLA counts the body of each loop once: what "full" adds to it is what one layer computes again, and some elementwise work."""
 
-    def no_products(q, k, v, segments, *, window, softcap):
+    def no_products(q, k, v, segments, **seen):
         return checkpoint_name(q * (k + v).repeat(q.shape[2] // k.shape[2], axis=2), "attn_out")
 
     cfg = dataclasses.replace(CFG, width=512, ffn=1024, head_width=128)
@@ -111,8 +111,8 @@ def test_the_tpus_attention_is_kept_and_computed_again_as_any_other(remat):
     """A layer's whole gradient with the real kernel, one head and one tile: products three times and again, attention once, 3.5 times and again."""
     cfg = dataclasses.replace(CFG, heads=1, kv_heads=1, head_width=128, layers=1)
 
-    def attend(q, k, v, segments, *, window, softcap):
-        return splash.attend(q, k, v, segments, Mask(window, softcap))
+    def attend(q, k, v, segments, *, window, softcap, full):
+        return splash.attend(q, k, v, segments, Mask(window, softcap), full)
 
     run, shapes = gradient(cfg, remat, attend, 128)
     products = 2 * 128 * (4 * 128 * 128 + 3 * 128 * 320)
@@ -127,7 +127,7 @@ def test_the_tpus_attention_is_kept_and_computed_again_as_any_other(remat):
 def test_a_pipelines_passes_compute_again_what_the_policy_says(remat):
     """F once, the slice's F again with what B and W need, then B and W: two products each for one of F, and again what the policy did not keep."""
 
-    def attend(q, k, v, segments, *, window, softcap):
+    def attend(q, k, v, segments, **seen):
         return checkpoint_name(q * (k + v).repeat(q.shape[2] // k.shape[2], axis=2), "attn_out")
 
     model = SliceModel(CFG, lambda product: make_ops(attend=attend, product=product), jnp.float32, jnp.float32, remat)
