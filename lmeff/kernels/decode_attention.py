@@ -1,8 +1,8 @@
 """Attention of one new token a row to a cache of keys and values, as a Pallas kernel for TPUs: codes go to the cores as they are stored.
 
 One step of the grid takes a block of slots of all key-value heads of a row; softmax is computed as blocks come (Milakov & Gimelshein 2018,
-https://arxiv.org/abs/1805.02867). Scales of keys multiply scores, those of values weights. The kernel reads one layer of a stack in place, and of a row only blocks
-that hold anything.
+https://arxiv.org/abs/1805.02867). Scales of keys multiply scores, those of values weights. The kernel reads one layer of a stack in place, and of a row
+only blocks that hold anything.
 """
 
 import functools
@@ -33,7 +33,8 @@ def decode_call(q_BHC: Any, k: Any, v: Any, k_scale: Any = None, v_scale: Any = 
     size = block_size(slots, LANES, SLOTS)
 
     def last(b: Any, length_B: Any) -> Any:
-        return jnp.maximum(jnp.minimum(length_B[b], slots) - 1, 0) // size
+        # Not `//`, which would ask what TPU this process has; it may have none.
+        return jax.lax.div(jnp.maximum(jnp.minimum(length_B[b], slots) - 1, 0), size)
 
     def of_codes(b: Any, s: Any, layer_1: Any, length_B: Any, position_B: Any) -> tuple[Any, ...]:
         return layer_1[0], b, 0, jnp.minimum(s, last(b, length_B)), 0
@@ -62,8 +63,8 @@ def decode_attention(
 ) -> jax.Array:
     """Attention of one query a row to layer `layer` of a cache, [B, H, C] in the dtype of `q`, which is scaled already.
 
-    k, v:       [L, B, K, S, C] floats or int8 codes, or [L, B, K, S, C/2] bytes of two codes, channels c and c + C/2. Slot s of a row of n tokens holds the last
-                position before n that is s modulo S.
+    k, v:       [L, B, K, S, C] floats or int8 codes, or [L, B, K, S, C/2] bytes of two codes, channels c and c + C/2. Slot s of a row of n tokens holds the
+                last position before n that is s modulo S.
     scales:     [L, B, K, S] float32, of codes.
     position_B: of the queries; a negative one sees nothing and gives zeros.
     """
