@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from lmeff.core.numerics import QFormat, encode, find_scale
+from lmeff.kernels.decode_attention import Seen, decode_attention
+from lmeff.kernels.traffic import LANES
 from lmeff.models.attention import attention
 from lmeff.models.cache import FLOATS, CacheFormat, Stack, held
 from lmeff.models.tiles import MASKED
@@ -68,7 +70,9 @@ def cached_attention(
 
 def form_of(platform: str, q_shape: tuple[int, ...], stack: Stack, how: How) -> str:
     """The form for local shapes on a platform, a key of `FORMS`."""
-    return "plain"
+    # Of narrower codes XLA lays out the stack otherwise than the kernel reads it, and would copy it in every step.
+    whole = stack.v.shape[-1] % LANES == 0
+    return "kernel" if platform == "tpu" and q_shape[1] == 1 and whole and not how.format.by_channel else "plain"
 
 
 # ---- writing
@@ -237,4 +241,15 @@ def _scores(q_BTKGC: jax.Array, own: Stack, position_BS: jax.Array, new: New, fo
     return jnp.where(open_BS[:, None, None, None], last, scores)
 
 
-FORMS: dict[str, Form] = {"plain": plain}
+def kernel(q_BTHC: jax.Array, stack: Stack, layer: Any, new: New, how: How, *, interpret: bool = False) -> jax.Array:
+    """One token a row, in one pass over what the row's cache holds."""
+    q_BHC = q_BTHC[:, 0] * jnp.asarray(q_BTHC.shape[-1] ** -0.5, q_BTHC.dtype)
+    seen = Seen(how.window, how.softcap)
+    of_rows = (new.length_B, new.positions_BT[:, 0])
+    o_BHC = decode_attention(
+        q_BHC, stack.k, stack.v, stack.k_scale, stack.v_scale, layer, *of_rows, seen, interpret=interpret
+    )
+    return o_BHC[:, None]
+
+
+FORMS: dict[str, Form] = {"plain": plain, "kernel": kernel}
