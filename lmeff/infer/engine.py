@@ -20,6 +20,7 @@ from lmeff.core.precision import Policy
 from lmeff.infer.served import Served
 from lmeff.models.cache import Cache, CacheFormat, cache_letters, cache_specs, empty_cache
 from lmeff.models.config import ModelConfig
+from lmeff.models.legal import check_context
 from lmeff.models.transformer import Output, forward, project
 from lmeff.parallel.mesh import BATCH_AXES, Layout
 from lmeff.parallel.seam import layout_ops
@@ -83,7 +84,8 @@ class Engine(NamedTuple):
 def make_engine(served: Served, *, batch: int, length: int, cache: CacheFormat, chunk: int = 1) -> Engine:
     """Programs for `batch` rows of at most `length` tokens, prompt and all; nothing is compiled yet.
 
-    Experts take all tokens that choose them, whatever `model.moe.capacity` says: it is a part of a row's length, and a row that grows has none.
+    Experts take all tokens that choose them, whatever `model.moe.capacity` says: it is a part of a row's length, and a row that grows has none. Rotary scalings
+    that look at the row's length ("dynamic", "longrope") turn each key by what it was when the key came, as Hugging Face's caches do.
     Raises `ConfigError` for meshes that cut layers or rows, batches that do not divide, and rows longer than the model has positions for.
     """
     check_engine(served, batch, length)
@@ -120,10 +122,9 @@ def check_engine(served: Served, batch: int, length: int) -> None:
     rows = layout.size(BATCH_AXES)
     if batch < 1 or batch % rows:
         raise ConfigError(f"batch: got {batch} rows, expected a multiple of {rows}, the devices that rows are cut over")
-    if length < 1 or (cfg.context is not None and length > cfg.context):
-        raise ConfigError(
-            f"length: got rows of {length} tokens, expected 1 to {cfg.context}, the positions that the model has; shorten prompt or max_tokens"
-        )
+    if length < 1:
+        raise ConfigError(f"length: got rows of {length} tokens, expected at least 1")
+    check_context(cfg, length, "prompt and max_tokens")
 
 
 def check_prompts(cfg: ModelConfig, prompts: Sequence[np.ndarray], max_tokens: int) -> None:

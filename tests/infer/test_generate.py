@@ -120,7 +120,9 @@ def test_what_cannot_be_continued_is_refused(prompts, how, error, said):
 
 def test_rows_longer_than_the_models_positions_are_refused():
     model = served(preset("tiny", context=8))
-    with pytest.raises(ConfigError, match="length: got rows of 9 tokens, expected 1 to 8"):
+    with pytest.raises(
+        ConfigError, match="prompt and max_tokens: got 9 tokens a row, expected at most model.context = 8"
+    ):
         generate(model, [np.arange(5)], max_tokens=4, sampling=GREEDY, cache=F32)
 
 
