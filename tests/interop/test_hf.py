@@ -355,7 +355,7 @@ def test_what_no_family_can_say_is_told(tmp_path):
 
 def test_a_family_that_is_named_must_have_the_words(tmp_path):
     cfg = dataclasses.replace(SMALL, window=4)
-    with pytest.raises(ConfigError, match=r"family 'llama' has words for .*") as raised:
+    with pytest.raises(ConfigError, match=r"family 'llama' has no words for .*") as raised:
         export(cfg, arrays(cfg), tmp_path / "out", family="llama")
     assert "model.window = 4 (it has None)" in str(raised.value)
     with pytest.raises(ConfigError, match=r"family: got 'lama', expected one of llama, mistral"):
