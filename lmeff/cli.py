@@ -1,4 +1,4 @@
-"""The command line: `lmeff run | train | eval | plan | report | config show | schedule | doctor`.
+"""The command line: `lmeff run | train | eval | generate | import | export | bench | plan | report | config show | schedule | doctor`.
 
 Logs go to stderr under `--json`, which leaves one JSON object on stdout.
 Exit codes: 0 ok, 2 usage, 3 config, 4 data, 5 checkpoint, 6 does not fit, 1 anything else.
@@ -8,7 +8,6 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,10 @@ import tyro
 from rich.console import Console
 
 from lmeff import __version__
-from lmeff.commands import (
+from lmeff.commands.bench import Bench, time_inference
+from lmeff.commands.evaluate import Eval, evaluate_models
+from lmeff.commands.generate import Generate, write_text
+from lmeff.commands.show import (
     Doctor,
     MakeReport,
     ShowConfig,
@@ -26,101 +28,27 @@ from lmeff.commands import (
     show_config,
     show_schedule,
 )
-from lmeff.config.files import load_experiment, read
+from lmeff.commands.train import Run, Train, run_recipe, train_stage
+from lmeff.commands.transfer import Export, Import, export_one, import_one
+from lmeff.config.files import load_experiment
 from lmeff.config.overrides import override, resolve
 from lmeff.config.validate import validate
-from lmeff.core.errors import DoesNotFit, UsageError, UserError
+from lmeff.core.errors import DoesNotFit, UserError
 from lmeff.launch import Machine, launch, this_command
 from lmeff.parallel import processes
 from lmeff.plan.command import Plan, plan
-from lmeff.recipe.evaluate import evaluate
-from lmeff.recipe.run import run
 
 Json = dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """Runs a recipe: every stage, then every artifact measured on the same held-out text, then the report.
-
-    Stages that are done are read back, so the same command goes on where it was stopped. Settings of the config are overridden by their path:
-    --mesh.tensor 2 --optim.learning-rate 3e-4 --recipe.teacher.steps 50; `lmeff run CONFIG --help` lists them.
-
-    Attributes:
-        config: a Python file whose experiment() returns the config.
-        machine: what it runs on.
-        resume: go on with the run in its folder; --no-resume refuses where there is one.
-        json: print one JSON object on stdout and logs on stderr.
-    """
-
-    config: tyro.conf.Positional[Path]
-    machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()  # noqa: RUF009 -- frozen
-    resume: bool = True
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Train:
-    """Trains one stage of a recipe, and before it the stages that it reads where they are not done.
-
-    Attributes:
-        config: a Python file whose experiment() returns the config.
-        stage: the stage's name; the only one may be left out.
-        machine: what it runs on.
-        resume: go on with the run in its folder; --no-resume refuses where there is one.
-        json: print one JSON object on stdout and logs on stderr.
-    """
-
-    config: tyro.conf.Positional[Path]
-    stage: str | None = None
-    machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()  # noqa: RUF009 -- frozen
-    resume: bool = True
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Eval:
-    """Measures artifacts of a run: loss on its held-out text, with the interval over documents.
-
-    Attributes:
-        run: the folder of a run.
-        artifact: names of artifacts; all that are done where none is named.
-        text: files or folders of other text to measure on, read with the run's tokenizer.
-        machine: what it runs on.
-        json: print one JSON object on stdout and logs on stderr.
-    """
-
-    run: tyro.conf.Positional[Path]
-    artifact: tuple[str, ...] = ()
-    text: tuple[str, ...] = ()
-    machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()  # noqa: RUF009
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
-
-
-def _run(command: Run, overrides: Sequence[str], console: Console) -> Json:
-    experiment, sources = resolve(command.config, overrides, prog="lmeff run")
-    return run(experiment, sources=sources, resume=command.resume, console=console).to_json()
-
-
-def _train(command: Train, overrides: Sequence[str], console: Console) -> Json:
-    experiment, sources = resolve(command.config, overrides, prog="lmeff run")
-    if command.stage is None and len(experiment.recipe) > 1:
-        raise UsageError(
-            f"train: the recipe has several stages; expected --stage, one of {[s.name for s in experiment.recipe]}"
-        )
-    stage = experiment.stage(command.stage or next(iter(experiment.recipe)).name)
-    return run(experiment, sources=sources, only=stage.name, resume=command.resume, console=console).to_json()
-
-
-def _eval(command: Eval, overrides: Sequence[str], console: Console) -> Json:
-    experiment = override(read(command.run), overrides, prog="lmeff eval RUN")
-    return evaluate(experiment, command.run, names=command.artifact, text=command.text, console=console)
-
-
 COMMANDS: dict[str, tuple[type, Callable[..., Json]]] = {
-    "run": (Run, _run),
-    "train": (Train, _train),
-    "eval": (Eval, _eval),
+    "run": (Run, run_recipe),
+    "train": (Train, train_stage),
+    "eval": (Eval, evaluate_models),
+    "generate": (Generate, write_text),
+    "import": (Import, import_one),
+    "export": (Export, export_one),
+    "bench": (Bench, time_inference),
     "plan": (Plan, plan),
     "report": (MakeReport, make_report),
     "config": (ShowConfig, show_config),
@@ -131,6 +59,10 @@ Command = (
     Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Import, tyro.conf.subcommand("import")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[MakeReport, tyro.conf.subcommand("report")]
     | Annotated[ShowConfig, tyro.conf.subcommand("config")]

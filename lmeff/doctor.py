@@ -17,11 +17,16 @@ from rich.console import Console
 
 EXTRAS = {
     "report": ("matplotlib", "jinja2"),
-    "text": ("tokenizers",),
+    "text": ("tokenizers", "sentencepiece"),
+    "weights": ("safetensors",),
+    "gguf": ("gguf",),
+    "eval": ("lm_eval",),
     "parquet": ("pyarrow",),
     "hf": ("datasets",),
     "remote": ("fsspec", "gcsfs"),
 }
+# jaxlib 0.11.2 ends with a segmentation fault where it simplifies the gradient of a `jax.shard_map` (Shardy's pattern for unused inputs).
+KNOWN_BAD = {"jaxlib": {"0.11.2": "it crashes on gradients of sharded programs"}}
 DISK_GIB = 2.0
 MEMORY_GIB = 3.0
 
@@ -54,7 +59,14 @@ def _python() -> Check:
 
 def _packages() -> Check:
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    return Check("packages", True, ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names))
+    versions = {name: importlib.metadata.version(name) for name in names}
+    bad = {name: why[versions[name]] for name, why in KNOWN_BAD.items() if versions[name] in why}
+    return Check(
+        "packages",
+        not bad,
+        ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "; ".join(f"{name} {versions[name]}: {why}; pip install --upgrade jax" for name, why in bad.items()),
+    )
 
 
 def _extras() -> Check:

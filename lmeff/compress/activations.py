@@ -18,8 +18,8 @@ RANGES = ("minmax", "moving", "percentile")
 class Activations:
     """Formats of the activations that enter the model's products, as `(pattern, format)` rules on sites; None stays in floating point.
 
-    rules:      total and live, first match wins. "int8" and "int8-affine" find one scale per token on the fly; "int8/tensor" and
-                "int8-affine/tensor" use one calibrated range per layer.
+    rules:      total and live, first match wins. "int8", "int8-affine" and "fp8" find one scale per token on the fly; "int8/tensor",
+                "int8-affine/tensor" and "fp8/tensor" use one calibrated range per layer.
     batches:    batches of training data that calibrate the static ranges.
     ranges:     "minmax": the extremes of all batches. "moving": extremes of each batch, averaged with `decay` (Jacob et al. 2018,
                 https://arxiv.org/abs/1712.05877). "percentile": `percentile` and its mirror of each batch, averaged; what lies outside is clipped.

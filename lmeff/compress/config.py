@@ -45,7 +45,7 @@ class Quantize:
     """Quantization of weights; the last transform of a stage.
 
     method: "minmax" finds scales from the weights at every step, "lsq" learns them.
-    rules:  (pattern of path, format or None) pairs, such as ("blocks/.*", "int4/g32"); the first that matches decides.
+    rules:  (pattern of path, format or None) pairs, such as ("blocks/.*", "int4/g32") or ("head/w", "fp8"); the first that matches decides.
     """
 
     method: str = "minmax"

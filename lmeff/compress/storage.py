@@ -13,7 +13,7 @@ from lmeff.core.tree import Tree, flatten
 from lmeff.parallel.processes import whole
 
 CONVENTION = (
-    "stored size: every number of every leaf. Codes of 2 to 4 bits take a slot of 4 and those of 5 to 8 bits a slot of 8; scales take 32 bits and zero "
+    "stored size: every number of every leaf. Codes of 2 to 4 bits take a slot of 4, those of 5 to 8 bits and fp8 a slot of 8; scales take 32 bits and zero "
     "points 8. A pruned leaf counts as the smallest of three: dense; one bit a weight and the nonzero values; and, where it has an N:M pattern, "
     "N values and ceil(log2 C(M, N)) bits a group. Effective bits are stored bits over the parameters of the dense original."
 )
@@ -71,7 +71,7 @@ def pruned_bits(leaf: Any, sparse: Sparse, nonzero: int) -> int:
 def _width(leaf: Any) -> int:
     """Bits of one value or code."""
     if isinstance(leaf, QTensor):
-        return jnp.iinfo(leaf.format.storage).bits
+        return leaf.format.width
     return jnp.finfo(leaf.dtype).bits
 
 

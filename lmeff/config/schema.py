@@ -28,7 +28,8 @@ class Stage:
 
     Attributes:
         name: the artifact's name: letters, digits, - and _.
-        start: the earlier artifact to begin from; None begins from random weights.
+        start: the earlier artifact to begin from; None begins from random weights, or from `load`.
+        load: a folder with a model to begin from: one that `lmeff import` made, or one of Hugging Face. Its shape comes from there.
         model: the shape of a random start; None takes the experiment's.
         shrink: structured pruning before training: a physically smaller model.
         compress: transforms of the weights in training, in order; quantization last.
@@ -41,6 +42,7 @@ class Stage:
 
     name: str
     start: str | None = None
+    load: str | None = None
     model: ModelConfig | None = None
     shrink: ShrinkConfig | None = None
     compress: tuple[Transform, ...] = ()

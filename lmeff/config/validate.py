@@ -3,8 +3,10 @@
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from lmeff.compress.config import validate as validate_transforms
+from lmeff.config.loads import Loaded, kept, loads
 from lmeff.config.schema import Experiment, Stage
 from lmeff.core.errors import ConfigError
 from lmeff.core.precision import parse
@@ -24,8 +26,12 @@ from lmeff.train.optim import OptimConfig
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
-def validate(experiment: Experiment, devices: int) -> dict[str, ModelConfig]:
-    """The shape of every stage's model; raises `ConfigError` for the first thing that cannot work on so many devices."""
+def validate(experiment: Experiment, devices: int, directory: Path | None = None) -> dict[str, ModelConfig]:
+    """The shape of every stage's model; raises `ConfigError` for the first thing that cannot work on so many devices.
+
+    directory: the run's folder, where it is another than the config says: it may hold copies of what the config names by place.
+    """
+    directory = Path(experiment.run_dir) if directory is None else directory
     _check_name("name", experiment.name)
     parse(experiment.precision)
     degrees = experiment.mesh.degrees(devices)
@@ -38,11 +44,15 @@ def validate(experiment: Experiment, devices: int) -> dict[str, ModelConfig]:
     check_synchronization(train.reduce, train.local, experiment.precision, optims, degrees)
     seen: dict[str, ModelConfig] = {}
     packed: set[str] = set()
+    needed = vocab_size(experiment.data, directory / "data")
+    for position, stage in enumerate(experiment.recipe):
+        _check_origin(stage, f"recipe[{position}]")
+    loaded = loads(experiment, directory)
     for position, stage in enumerate(experiment.recipe):
         _check_stage_names(stage, seen, f"recipe[{position}]")
-        cfg = shape_of(experiment, stage, seen)
+        cfg = shape_of(experiment, stage, seen, loaded)
         parse_remat(train.remat, sites(cfg))
-        _check_shape(experiment, stage, cfg, degrees)
+        _check_shape(experiment, stage, cfg, degrees, needed)
         _check_stage(experiment, stage, cfg, seen, packed)
         if schedule is not None and experiment.steps(stage):
             check_slices(schedule, cfg, f"stage '{stage.name}'")
@@ -53,10 +63,23 @@ def validate(experiment: Experiment, devices: int) -> dict[str, ModelConfig]:
     return seen
 
 
-def shape_of(experiment: Experiment, stage: Stage, earlier: Mapping[str, ModelConfig]) -> ModelConfig:
+def shape_of(
+    experiment: Experiment, stage: Stage, earlier: Mapping[str, ModelConfig], loaded: Mapping[str, Loaded]
+) -> ModelConfig:
     """The shape of a stage's model, known before anything is built."""
-    cfg = earlier[stage.start] if stage.start is not None else stage.model or experiment.model
+    if stage.load is not None:
+        cfg = loaded[stage.name].cfg
+    else:
+        cfg = earlier[stage.start] if stage.start is not None else stage.model or experiment.model
     return cfg if stage.shrink is None else stage.shrink.apply(cfg)
+
+
+def shapes(experiment: Experiment, directory: Path) -> dict[str, ModelConfig]:
+    """The shape of every stage's model in a run that is there, whose config was checked when it began."""
+    seen: dict[str, ModelConfig] = {}
+    for stage in experiment.recipe:
+        seen[stage.name] = shape_of(experiment, stage, seen, kept(directory))
+    return seen
 
 
 def _check_name(where: str, name: str) -> None:
@@ -169,19 +192,25 @@ def _check_stage_names(stage: Stage, seen: Mapping[str, ModelConfig], where: str
             raise ConfigError(
                 f"{where} '{stage.name}': reads artifact '{parent}', expected the name of an earlier stage, one of {list(seen)}"
             )
-    if stage.start is not None and stage.model is not None:
+
+
+def _check_origin(stage: Stage, where: str) -> None:
+    """A stage begins from one place, and has its shape."""
+    named = {name: getattr(stage, name) for name in ("start", "load", "model") if getattr(stage, name) is not None}
+    if len(named) > 1:
+        first, second = list(named)[:2]
         raise ConfigError(
-            f"{where} '{stage.name}': sets both start and model; a stage that begins from '{stage.start}' has its shape. Drop one of them."
+            f"{where} '{stage.name}': sets both {first} and {second}; a stage that begins from '{named[first]}' has its shape. Drop one of them."
         )
 
 
-def _check_shape(experiment: Experiment, stage: Stage, cfg: ModelConfig, degrees: dict[str, int]) -> None:
+def _check_shape(experiment: Experiment, stage: Stage, cfg: ModelConfig, degrees: dict[str, int], needed: int) -> None:
     where = f"stage '{stage.name}'"
-    needed = vocab_size(experiment.data)
     if cfg.vocab < needed:
+        remedy = f"Set model.vocab to {needed} or more" if stage.load is None else "Set data.tokenizer to its own"
         raise ConfigError(
             f"{where}: the model has a vocabulary of {cfg.vocab} and the tokenizer '{experiment.data.tokenizer}' makes {needed} ids; "
-            f"expected at least as many. Set model.vocab to {needed} or more."
+            f"expected at least as many. {remedy}."
         )
     check_context(cfg, experiment.data.sequence, f"{where}: data.sequence")
     check_cuts(experiment.mesh.sequence, cfg, degrees, where)
@@ -197,7 +226,7 @@ def _check_stage(
     validate_transforms(stage.compress, param_specs(cfg), steps, where=f"{where}.compress")
     if stage.activations is not None:
         static = stage.activations.resolve(cfg).static_sites
-        if static and stage.start is None and steps:
+        if static and stage.start is None and stage.load is None and steps:
             raise ConfigError(
                 f"{where}.activations: {', '.join(static)} take one calibrated range, but the stage begins from random weights, whose ranges say "
                 "nothing of the trained ones; expected a stage with a start. Train first, or use a format per token, such as int8."

@@ -1,9 +1,14 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
+import hashlib
 import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from lmeff.core.errors import UserError
+from lmeff.core.errors import CheckpointError, UserError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -27,3 +32,33 @@ def write_asked(option: str, path: Path, text: str) -> None:
         write_text(path, text)
     except OSError as error:
         raise UserError(f"--{option}: cannot write {path}: {error.strerror}; choose a folder of your own") from error
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 sum of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises `CheckpointError` where something is at `path` already."""
+    if path.exists():
+        raise CheckpointError(f"{path}: exists already, expected a place for a new folder; delete it or choose another")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that takes its place when the block ends, and is removed when it raises; raises `CheckpointError` where `path` exists."""
+    refuse_existing(path)
+    partial = path.absolute().with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        refuse_existing(path)
+        partial.rename(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error}), expected room and permission; choose another place"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

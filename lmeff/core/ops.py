@@ -1,6 +1,6 @@
 """The seam: everything the model may do to tensors that numerics, sharding or a measurement could want to change.
 
-The model calls `ops.einsum`, `ops.experts`, `ops.attend`, `ops.place`, `ops.embed`, `ops.tap` and `ops.keep`, and nothing else knows about
+The model calls `ops.einsum`, `ops.experts`, `ops.attend`, `ops.cached`, `ops.place`, `ops.embed`, `ops.tap` and `ops.keep`, and nothing else knows about
 activation quantization, packed weights, meshes or recording. `forward` receives a `MakeOps`, opens it once per traced scope (once for
 the scanned block), and returns what it recorded as an output of the scan: no global lists, so no leaked tracers.
 """
@@ -20,6 +20,7 @@ from lmeff.core.grouped import Rows, alike, grouped_product
 from lmeff.core.numerics import (
     QFormat,
     QTensor,
+    codes_of,
     dequantize,
     expand,
     fake_quantize,
@@ -28,7 +29,7 @@ from lmeff.core.numerics import (
     quantize,
     scale_from_range,
 )
-from lmeff.core.packed import packed_einsum
+from lmeff.core.packed import are_integers, packed_einsum
 
 Records = dict[str, jax.Array]
 Ranges = Mapping[str, jax.Array]
@@ -44,6 +45,15 @@ class Grouped(Protocol):
     """`grouped(equation, x, w, rows, site=...)`: rows sorted by group times the matrix of their group, `"ND,EDF->NF"`."""
 
     def __call__(self, equation: str, x: jax.Array, w: Any, rows: Rows, *, site: str) -> jax.Array: ...
+
+
+Packed = Callable[[str, Any, QTensor], jax.Array | None]
+"""`(equation, x, w)`: the product of an array, or of its codes, with a packed weight; None where the plain form is to compute it."""
+
+
+def unpacked(equation: str, x: Any, w: QTensor) -> jax.Array | None:
+    """Leaves every product to the plain form."""
+    return None
 
 
 class Products(NamedTuple):
@@ -71,6 +81,7 @@ class Ops(NamedTuple):
     embed:  rows of a table "VD" (an array or a `QTensor`) by token id.
     tap:    offers a named intermediate (residual stream, importance inputs) to whoever records.
     keep:   leaves a named sum with the layer's outputs, for the objective to add to its loss.
+    cached: attention to a cache, which new keys and values are written to, `lmeff.models.cached.cached_attention`; None where no cache is to be had.
     """
 
     einsum: Einsum
@@ -80,6 +91,7 @@ class Ops(NamedTuple):
     embed: Callable[[Any, jax.Array], jax.Array]
     tap: Callable[[str, jax.Array], None]
     keep: Callable[[str, jax.Array], None]
+    cached: Callable[..., Any] | None = None
 
 
 KEPT = "kept/"  # what marks the records that were kept for the objective
@@ -128,7 +140,7 @@ def _range_of(ranges: Ranges, site: str) -> jax.Array:
 
 
 def fake_activation(x: jax.Array, axes: tuple[int, ...], format: QFormat, ranges: Ranges, site: str) -> jax.Array:
-    """An activation on its integer grid, with straight-through gradients. `axes` are the contracted dims."""
+    """An activation on its grid, with straight-through gradients. `axes` are the contracted dims."""
     if format.granularity != "tensor":
         return fake_quantize_min_max(x, format, axes)
     scale, zero = _activation_scale(x, format, _range_of(ranges, site))
@@ -136,7 +148,7 @@ def fake_activation(x: jax.Array, axes: tuple[int, ...], format: QFormat, ranges
 
 
 def encode_activation(x: jax.Array, axes: tuple[int, ...], format: QFormat, ranges: Ranges, site: str) -> QTensor:
-    """The same activation as integer codes."""
+    """The same activation as codes."""
     if format.granularity != "tensor":
         return quantize(x, format, axes)
     scale, zero = _activation_scale(x, format, _range_of(ranges, site))
@@ -179,22 +191,31 @@ def contracted_axes(equation: str) -> tuple[int, ...]:
     return tuple(left.index(letter) - len(left) for letter in contracted(equation))
 
 
-def make_einsum(numerics: Numerics, ranges: Ranges, product: Einsum = plain_einsum) -> Einsum:
+def make_einsum(
+    numerics: Numerics, ranges: Ranges, product: Einsum = plain_einsum, packed: Packed = unpacked
+) -> Einsum:
     """Floating, fake-quantized, weight-only or integer, decided by the site's format and the type of the weight.
 
+    Where either operand is fp8 the product is floating: the same numbers on their grids, in the dtype of `x`.
+
     product: what multiplies floating operands in the end.
+    packed:  what multiplies with packed weights where it is better than the plain form: weights turned into numbers, or integer products.
     """
 
     def einsum(equation: str, x: jax.Array, w: Any, *, site: str) -> jax.Array:
         format = numerics.at(site)
         axes = contracted_axes(equation)
-        if is_qtensor(w):
-            if format is None:
-                return product(equation, x, dequantize(w), site=site)
-            return packed_einsum(equation, encode_activation(x, axes, format, ranges, site), w).astype(x.dtype)
+        integers = format is not None and is_qtensor(w) and are_integers(format, w.format)
+        if integers:
+            x_codes = encode_activation(x, axes, format, ranges, site)
+            made = packed(equation, x_codes, w)
+            return (packed_einsum(equation, x_codes, w) if made is None else made).astype(x.dtype)
         if format is not None:
             x = fake_activation(x, axes, format, ranges, site)
-        return product(equation, x, w, site=site)
+        made = packed(equation, x, w) if is_qtensor(w) else None
+        if made is not None:
+            return made.astype(x.dtype)
+        return product(equation, x, dequantize(w) if is_qtensor(w) else w, site=site)
 
     return einsum
 
@@ -232,7 +253,7 @@ def lookup(table: Any, tokens: jax.Array) -> jax.Array:
         return table[tokens]
     scale = expand(table.scale, table.format, table.axes, table.shape)
     scale = jnp.broadcast_to(scale, (table.shape[0], scale.shape[1]))[tokens]
-    steps = table.q[tokens].astype(jnp.float32)
+    steps = codes_of(table, table.q[tokens]).astype(jnp.float32)
     if table.zero is not None:
         zero = expand(table.zero, table.format, table.axes, table.shape)
         steps = steps - jnp.broadcast_to(zero, (table.shape[0], zero.shape[1]))[tokens].astype(jnp.float32)
@@ -247,6 +268,8 @@ def make_ops(
     embed: Callable[[Any, jax.Array], jax.Array] = lookup,
     spread: Spread = on_one_device,
     product: Einsum = plain_einsum,
+    packed: Packed = unpacked,
+    cached: Callable[..., Any] | None = None,
 ) -> MakeOps:
     """The plain seam: computes, and records only what the model keeps for the objective."""
 
@@ -256,8 +279,9 @@ def make_ops(
         def keep(name: str, x: jax.Array) -> None:
             kept[KEPT + name] = x
 
-        einsum, experts = make_einsum(numerics, ranges, product), make_experts(numerics, ranges, spread)
-        return Scope(Ops(einsum, experts, attend, place, embed, lambda name, x: None, keep), lambda: kept)
+        einsum, experts = make_einsum(numerics, ranges, product, packed), make_experts(numerics, ranges, spread)
+        ops = Ops(einsum, experts, attend, place, embed, lambda name, x: None, keep, cached)
+        return Scope(ops, lambda: kept)
 
     return open_scope
 

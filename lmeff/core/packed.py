@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lmeff.core.dims import contracted, split_einsum
-from lmeff.core.numerics import QTensor
+from lmeff.core.numerics import QFormat, QTensor, codes_of
 
 GROUP = "z"  # the position within a group; letters of tensors are capitals, so it cannot collide
 
@@ -26,12 +26,18 @@ class _Operand(NamedTuple):
     tensor_letters: str
 
 
+def are_integers(x: QFormat, w: QFormat) -> bool:
+    """Whether a product of these formats can be one of integers: `packed_einsum` takes no others."""
+    return not (x.is_float or w.is_float)
+
+
 def packed_einsum(equation: str, x: QTensor, w: QTensor) -> jax.Array:
     """`einsum(equation, x, w)` in float32 from integer codes. `x` has one scale per token or one for all; `w` any format."""
+    assert are_integers(x.format, w.format), (x.format, w.format)
     left, right, out = split_einsum(equation)
     summed = contracted(equation)
-    lhs = _Operand(x.q.astype(jnp.int8), left, x, left)
-    rhs = _Operand(w.q.astype(jnp.int8), right, w, right)
+    lhs = _Operand(codes_of(x).astype(jnp.int8), left, x, left)
+    rhs = _Operand(codes_of(w).astype(jnp.int8), right, w, right)
     if w.format.granularity != "group":
         count = jnp.int32(math.prod(w.shape[right.index(letter)] for letter in summed)).reshape((1,) * len(out))
         return _scaled(lhs, rhs, out, summed, count)

@@ -3,12 +3,15 @@
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from lmeff.core.errors import ConfigError
+from lmeff.data.pretrained import is_path, vocab_of
 from lmeff.data.sources import SOURCES
 from lmeff.data.storage import kind_of
 from lmeff.data.tokenizer import SPECIALS, TOKENIZERS
 
+KEPT = "tokenizer"  # the folder beside the tokens in which a tokenizer that others made is kept
 BPE_SMALLEST = 256 + len(SPECIALS)
 
 
@@ -50,7 +53,8 @@ class DataConfig:
         source: where the text comes from: embedded (Python's standard library, on every machine), text, jsonl, parquet, array_record or hf; with a
             path and the default source, the files' endings choose.
         path: files, folders or URLs of your own; for "hf" a dataset (and, second, its configuration) or a folder.
-        tokenizer: "bytes" (no dependency), or "bpe" (byte-level, trained on the first 4 MB of the training split; needs the extra text).
+        tokenizer: "bytes" (no dependency), "bpe" (byte-level, trained on the first 4 MB of the training split; needs the extra text), or a file or
+            folder with the tokenizer of a model, such as a tokenizer.json; the run keeps a copy of it.
         bpe_vocab: the vocabulary of "bpe", three special tokens among it.
         sequence: tokens a row.
         text_field: the field that holds the text, for jsonl, parquet and hf.
@@ -73,8 +77,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Refuses what no data could satisfy."""
-        if self.tokenizer not in TOKENIZERS:
-            raise ConfigError(f"data.tokenizer: got '{self.tokenizer}', expected one of {sorted(TOKENIZERS)}")
+        if self.tokenizer not in TOKENIZERS and not is_path(self.tokenizer):
+            raise ConfigError(
+                f"data.tokenizer: got '{self.tokenizer}', expected one of {sorted(TOKENIZERS)}, or a file or folder with a tokenizer"
+            )
         if self.bpe_vocab < BPE_SMALLEST:
             raise ConfigError(
                 f"data.bpe_vocab: got {self.bpe_vocab}, expected at least {BPE_SMALLEST} (256 bytes and {len(SPECIALS)} special tokens)"
@@ -98,8 +104,19 @@ class DataConfig:
         return (Part(name="text", source=self.source, path=self.path, text_field=self.text_field),)
 
 
-def vocab_size(config: DataConfig) -> int:
-    """Ids are below this; known before any text is read, so that a model can be checked against it."""
+def is_pretrained(config: DataConfig) -> bool:
+    """Whether the tokenizer is one that others made, named by its place."""
+    return config.tokenizer not in TOKENIZERS
+
+
+def vocab_size(config: DataConfig, built: Path | None = None) -> int:
+    """Ids are below this; known before any text is read, so that a model can be checked against it.
+
+    built: a folder that may hold the tokens of this config already; of a tokenizer by its place the copy in it counts, even where the original is gone.
+    """
+    if is_pretrained(config):
+        copy = None if built is None else built / KEPT
+        return vocab_of(str(copy) if copy is not None and copy.is_dir() else config.tokenizer)
     return TOKENIZERS[config.tokenizer].vocab or config.bpe_vocab
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from lmeff.core.batch import Batch
 from lmeff.core.errors import ConfigError, DataError
 from lmeff.data import packing
-from lmeff.data.config import DataConfig, Part, vocab_size
+from lmeff.data.config import DataConfig, Part
 from lmeff.data.prepare import Count, byte_length, encode, read, write
 from lmeff.data.shards import SPLITS, Shard, Store, building, open_store, seal
 from lmeff.data.sources import share
@@ -154,7 +154,7 @@ def _corpus(config: DataConfig, store: Store, seed: int, batch: int) -> Corpus:
         raise DataError(
             _too_little(config, store, f"the training split fills {count} rows of {config.sequence} tokens", batch)
         )
-    return Corpus(**splits, tokenizer=store.tokenizer, vocab=vocab_size(config), manifest=store.manifest)
+    return Corpus(**splits, tokenizer=store.tokenizer, vocab=store.tokenizer.vocab, manifest=store.manifest)
 
 
 def _too_little(config: DataConfig, store: Store, found: str, needed: int) -> str:

@@ -11,7 +11,8 @@ from typing import BinaryIO
 import numpy as np
 
 from lmeff.core.errors import DataError
-from lmeff.data.config import DataConfig, Part
+from lmeff.data.config import KEPT, DataConfig, Part, is_pretrained
+from lmeff.data.pretrained import keep
 from lmeff.data.shards import FORMAT, SPLITS, digest, dtype, identity, seal
 from lmeff.data.sources import CUT_LONGEST, Document, documents, provenance, share
 from lmeff.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, train_bpe
@@ -79,7 +80,7 @@ def limits(config: DataConfig) -> dict[str, int | None]:
 
 
 def make_tokenizer(config: DataConfig) -> Tokenizer:
-    """The tokenizer, trained where it has to be: on the first `BPE_SAMPLE` bytes of the training split, a share of them from each part."""
+    """A tokenizer of lmeff's own, trained where it has to be: on the first `BPE_SAMPLE` bytes of the training split, a share of them from each part."""
     return ByteTokenizer() if config.tokenizer == "bytes" else train_bpe(_sample(config), config.bpe_vocab)
 
 
@@ -111,15 +112,15 @@ class Writer:
 
 def write(config: DataConfig, folder: Path) -> None:
     """Reads, splits, tokenizes and writes everything into `folder`, an empty one."""
-    tokenizer = make_tokenizer(config)
+    tokenizer = keep(Path(config.tokenizer), folder / KEPT) if is_pretrained(config) else make_tokenizer(config)
     if isinstance(tokenizer, BpeTokenizer):
         tokenizer.save(folder / "tokenizer.json")
     counts = {part.name: _write_part(part, config, tokenizer, folder) for part in config.parts}
-    files = {path.name: digest(path) for path in sorted(folder.iterdir())}
+    files = {path.relative_to(folder).as_posix(): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     body = {
         "format": FORMAT,
         "config": identity(config),
-        "dtype": dtype(config),
+        "dtype": dtype(tokenizer.vocab),
         "files": files,
         "parts": {
             part.name: {"from": provenance(part.source, part.path), **dataclasses.asdict(counts[part.name])}
@@ -133,7 +134,9 @@ def _write_part(part: Part, config: DataConfig, tokenizer: Tokenizer, folder: Pa
     count = Count()
     with ExitStack() as stack:
         writers = {
-            split: Writer(stack.enter_context(open(folder / f"{part.name}.{split}.tokens", "wb")), dtype(config), [])
+            split: Writer(
+                stack.enter_context(open(folder / f"{part.name}.{split}.tokens", "wb")), dtype(tokenizer.vocab), []
+            )
             for split in SPLITS
         }
         for document, ids in encode(read(part, limits(config)[part.name], count), tokenizer):

@@ -2,6 +2,7 @@
 
     manifest.json          config, digests of all files, documents and bytes read
     tokenizer.json         where the tokenizer was trained
+    tokenizer/             where it is one that others made: a copy of its files
     PART.SPLIT.tokens      uint16 or uint32 (little endian): every document as bos, its tokens, eos
     PART.SPLIT.documents   int64 [documents, 2]: tokens and UTF-8 bytes of each
 
@@ -23,7 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmeff.core.errors import DataError
-from lmeff.data.config import DataConfig, vocab_size
+from lmeff.data.config import KEPT, DataConfig, is_pretrained
+from lmeff.data.pretrained import load_tokenizer
 from lmeff.data.tokenizer import ByteTokenizer, Tokenizer, load_bpe
 
 FORMAT = 1
@@ -47,9 +49,9 @@ class Store(NamedTuple):
     manifest: dict[str, Any]
 
 
-def dtype(config: DataConfig) -> str:
-    """How ids are stored."""
-    return "<u2" if vocab_size(config) <= 1 << 16 else "<u4"
+def dtype(vocab: int) -> str:
+    """How ids below `vocab` are stored."""
+    return "<u2" if vocab <= 1 << 16 else "<u4"
 
 
 @contextmanager
@@ -118,14 +120,19 @@ def open_store(config: DataConfig, directory: Path) -> Store:
     _refuse_other_config(manifest, config, directory)
     for name, expected in manifest["files"].items():
         _refuse_damage(directory / name, expected)
-    tokenizer = (
-        ByteTokenizer() if config.tokenizer == "bytes" else load_bpe(directory / "tokenizer.json", config.bpe_vocab)
-    )
+    tokenizer = open_tokenizer(config, directory)
     shards = {
         part.name: {split: _open_shard(directory / f"{part.name}.{split}", manifest["dtype"]) for split in SPLITS}
         for part in config.parts
     }
     return Store(shards, tokenizer, manifest)
+
+
+def open_tokenizer(config: DataConfig, directory: Path) -> Tokenizer:
+    """The tokenizer of the tokens in a folder; that they are there and undamaged is not looked at."""
+    if is_pretrained(config):
+        return load_tokenizer(directory / KEPT)
+    return ByteTokenizer() if config.tokenizer == "bytes" else load_bpe(directory / "tokenizer.json", config.bpe_vocab)
 
 
 def _open_shard(stem: Path, dtype: str) -> Shard:

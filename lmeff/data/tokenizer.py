@@ -1,6 +1,9 @@
-"""Text to ids and back: bytes, or byte-level BPE trained on the training split. `decode(encode(text)) == text` for both."""
+"""Text to ids and back: bytes, or byte-level BPE trained on the training split. `decode(encode(text)) == text` for both.
 
-from collections.abc import Iterable, Sequence
+Tokenizers that others made are in `pretrained.py`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,7 +17,10 @@ SPECIALS = ("<|bos|>", "<|eos|>", "<|pad|>")
 
 
 class Tokenizer(Protocol):
-    """A document is `bos, *encode(text), eos`. Special tokens never come from text, whatever it spells, and decode to nothing."""
+    """A document is `bos, *encode(text), eos`, a prompt `*prefix, *encode(text)`; what is generated ends at one of `stops`.
+
+    Special tokens never come from text, whatever it spells, and decode to nothing.
+    """
 
     @property
     def vocab(self) -> int: ...
@@ -24,6 +30,10 @@ class Tokenizer(Protocol):
     def eos(self) -> int: ...
     @property
     def pad(self) -> int: ...
+    @property
+    def prefix(self) -> tuple[int, ...]: ...
+    @property
+    def stops(self) -> tuple[int, ...]: ...
     def encode(self, text: str) -> np.ndarray: ...
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
     def decode(self, ids: Iterable[int]) -> str: ...
@@ -53,6 +63,16 @@ class ByteTokenizer:
     eos: int = BYTES.eos
     pad: int = BYTES.pad
 
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """A prompt begins as a document does."""
+        return (self.bos,)
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """What ends a text."""
+        return (self.eos,)
+
     def encode(self, text: str) -> np.ndarray:
         """Ids [N] of a text, without special tokens."""
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
@@ -78,6 +98,16 @@ class BpeTokenizer:
     bos: int = BPE.bos
     eos: int = BPE.eos
     pad: int = BPE.pad
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """A prompt begins as a document does."""
+        return (self.bos,)
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """What ends a text."""
+        return (self.eos,)
 
     @property
     def used(self) -> int:
@@ -130,3 +160,15 @@ def load_bpe(file: Path, vocab: int) -> BpeTokenizer:
 def _bpe(inner: Any, vocab: int) -> BpeTokenizer:
     inner.encode_special_tokens = True  # text that spells a special token is text; the setting is not kept in the file
     return BpeTokenizer(inner, vocab)
+
+
+def prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Ids [N] of a text that is to be continued."""
+    return np.concatenate([np.asarray(tokenizer.prefix, np.int32), tokenizer.encode(text)])
+
+
+def continuing(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
+    """Ids to text that goes on from other text: `decode` alone takes ids for the beginning of a text, where SentencePiece leaves out a space."""
+    before = tokenizer.encode("a").tolist()
+    known = len(tokenizer.decode(before))
+    return lambda ids: tokenizer.decode([*before, *ids])[known:]

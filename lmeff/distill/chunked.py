@@ -104,10 +104,11 @@ def _own(x_N: jax.Array, count: int, axes: tuple[str, ...]) -> jax.Array:
     return jnp.where(jnp.arange(x_N.shape[0]) // count == jax.lax.axis_index(axes), x_N, 0)
 
 
-def map_rows(fn: Callable[[Any], jax.Array], rows: Any, *, chunk: int) -> jax.Array:
-    """`fn` of every row [N, ...] -> [N], a chunk of rows at a time. For evaluation: keeps no gradients."""
+def map_rows(fn: Callable[[Any], Any], rows: Any, *, chunk: int) -> Any:
+    """`fn` of every row [N, ...] -> a tree of [N], a chunk of rows at a time. For evaluation: keeps no gradients."""
     count = jax.tree.leaves(rows)[0].shape[0]
-    return jax.lax.map(fn, jax.tree.map(lambda x: _cut(x, chunk), rows)).reshape(-1)[:count]
+    found = jax.lax.map(fn, jax.tree.map(lambda x: _cut(x, chunk), rows))
+    return jax.tree.map(lambda x: x.reshape(-1)[:count], found)
 
 
 def _cut(x: jax.Array, chunk: int) -> jax.Array:
@@ -158,6 +159,17 @@ def pick_target(x_NV: jax.Array, targets_N: jax.Array, axes: tuple[str, ...]) ->
     first = 0 if not axes else jax.lax.axis_index(axes) * x_NV.shape[-1]
     is_target_NV = first + jnp.arange(x_NV.shape[-1])[None, :] == targets_N[:, None]
     return vocab_sum(jnp.where(is_target_NV, x_NV, 0.0), axes)
+
+
+def top_token(logits_NV: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """The id of each row's largest logit, [N]; of equal ones the first, as `argmax` has it."""
+    part = logits_NV.shape[-1]
+    best_N, top_N = jnp.argmax(logits_NV, -1).astype(jnp.int32), logits_NV.max(-1)
+    if not axes:
+        return best_N
+    best_N = best_N + jax.lax.axis_index(axes) * part
+    beyond = part * jax.lax.axis_size(axes)
+    return jax.lax.pmin(jnp.where(top_N == jax.lax.pmax(top_N, axes), best_N, beyond), axes)
 
 
 def cross_entropy_rows(logits_NV: jax.Array, targets_N: jax.Array, axes: tuple[str, ...]) -> jax.Array:

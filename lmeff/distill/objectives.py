@@ -123,25 +123,34 @@ def _row_loss(
     return mixed, {"loss": loss, "kl": kl}
 
 
-def token_nll(model: Projection, *, chunk: int = CHUNK) -> Callable[[Layout, Output, Batch], jax.Array]:
-    """Negative log-likelihood of every target [B, T] in nats (0 where it has no weight), without gradients; the head may be packed."""
+RowMeasure = Callable[[jax.Array, jax.Array, tuple[str, ...]], Any]
+"""`(logits [N, V], targets [N], axes of the vocabulary) -> a tree of [N]`."""
 
-    def nll(layout: Layout, out: Output, batch: Batch) -> jax.Array:
+
+def by_token(model: Projection, measure: RowMeasure, *, chunk: int = CHUNK) -> Callable[[Layout, Output, Batch], Any]:
+    """`measure` of every token's logits and target, a tree of [B, T] (0 where a target has no weight), without gradients; the head may be packed."""
+
+    def measured(layout: Layout, out: Output, batch: Batch) -> Any:
         vocab = layout.axes("V")
 
-        def local(hidden: jax.Array, head: Any, targets: jax.Array, weights: jax.Array, ranges: Ranges) -> jax.Array:
-            def piece(rows: Any) -> jax.Array:
-                return cross_entropy_rows(model(rows[0], head, ranges), rows[1], vocab)
+        def local(hidden: jax.Array, head: Any, targets: jax.Array, weights: jax.Array, ranges: Ranges) -> Any:
+            def piece(rows: Any) -> Any:
+                return measure(model(rows[0], head, ranges), rows[1], vocab)
 
-            losses = map_rows(piece, (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)), chunk=chunk)
-            return losses.reshape(weights.shape) * (weights > 0)
+            found = map_rows(piece, (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)), chunk=chunk)
+            return jax.tree.map(lambda x: x.reshape(weights.shape) * (weights > 0), found)
 
         letters = ("BS_", head_letters(out.head, model.cfg), "BS", "BS", _whole(out.ranges))
         return layout.on_shards(local, letters, "BS")(
             out.hidden_BTD, out.head, batch.targets, batch.weights, out.ranges
         )
 
-    return nll
+    return measured
+
+
+def token_nll(model: Projection, *, chunk: int = CHUNK) -> Callable[[Layout, Output, Batch], jax.Array]:
+    """Negative log-likelihood of every target [B, T] in nats (0 where it has no weight), without gradients; the head may be packed."""
+    return by_token(model, cross_entropy_rows, chunk=chunk)
 
 
 def head_letters(head: Any, cfg: ModelConfig) -> Any:

@@ -4,6 +4,7 @@
 hold it, and let go before the next: the host holds the largest shard and a piece of what fills it, never two copies of a leaf.
 """
 
+import gc
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
+
+from lmeff.interop.strips import fill
 
 Index = tuple[slice, ...]
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each dim
@@ -51,6 +54,9 @@ def place_leaf(
             parts[device] = jax.device_put(host, SingleDeviceSharding(device, memory_kind=sharding.memory_kind))
         jax.block_until_ready([parts[device] for device in devices[bounds]])  # sending is asynchronous and keeps `host`
         del host
+        gc.collect(
+            0
+        )  # JAX lets go of what it has sent in its next call or when Python collects: before the next shard is filled
     return jax.make_array_from_single_device_arrays(tuple(shape), sharding, [*parts.values()], dtype=dtype)
 
 
@@ -70,7 +76,7 @@ def _fill(bounds: Bounds, dtype: Any, read: Callable[..., np.ndarray], stacked: 
             here = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(piece, own))
             expected = tuple(b - a for a, b in piece)
             assert values.shape == expected, f"read{index}: got {values.shape}, expected {expected}"
-            target[here] = values
+            fill(target[*here, ...], values)
     return host
 
 
@@ -89,19 +95,26 @@ def _pieces(own: Bounds, outer: int, host: np.ndarray) -> Iterator[Bounds]:
 def fetch(array: Any, index: Sequence[slice] = ()) -> np.ndarray:
     """The values of an array at `index` (dims left out are whole) on the host, put together from the shards that hold them: nothing is gathered on a device.
 
+    Where one shard holds them all they may be read-only.
+
     On a pod every process makes the same calls and gets the same values: what no device of a process holds, its owner broadcasts.
     """
     whole = [*index, *[slice(None)] * (array.ndim - len(index))]
     wanted = _bounds(whole, array.shape)
-    out = np.empty([stop - start for start, stop in wanted], array.dtype)
+    out: np.ndarray | None = None
     held = {_bounds(shard.index, array.shape): shard.data for shard in array.addressable_shards}
     for bounds, owner in _owners(array).items():
         common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(bounds, wanted))
-        if all(start < stop for start, stop in common):
-            here = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(common, wanted))
-            values = _local(held[bounds], bounds, common) if bounds in held else None
-            out[here] = values if array.is_fully_addressable else _broadcast(values, common, array.dtype, owner)
-    return out
+        if any(start >= stop for start, stop in common):
+            continue
+        values = _local(held[bounds], bounds, common) if bounds in held else None
+        if values is None or not array.is_fully_addressable:
+            values = _broadcast(values, common, array.dtype, owner)
+        if common == wanted:
+            return values
+        out = np.empty([stop - start for start, stop in wanted], array.dtype) if out is None else out
+        out[*(slice(a - start, b - start) for (a, b), (start, _) in zip(common, wanted))] = values
+    return np.empty([stop - start for start, stop in wanted], array.dtype) if out is None else out
 
 
 def tensors_of(array: Any, *, stacked: int = 0) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:

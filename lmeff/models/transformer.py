@@ -16,7 +16,9 @@ from lmeff.core.numerics import is_qtensor
 from lmeff.core.ops import KEPT, MakeOps, Ops, Ranges, Records
 from lmeff.core.specs import ParamSpec
 from lmeff.core.tree import Tree
+from lmeff.models.cache import Cache
 from lmeff.models.config import ModelConfig
+from lmeff.models.layers import through_cache
 from lmeff.models.legal import check_context
 from lmeff.models.mlp import mlp_layer, mlp_sites, mlp_specs, residual_scale, spec_of
 from lmeff.models.moe import moe_layer, moe_sites, moe_specs
@@ -34,6 +36,7 @@ class Output(NamedTuple):
     ranges:  calibrated activation ranges of the head's site, if any.
     records: what the seam recorded; entries under "blocks/" are stacked over layers.
     sums:    what the layers kept for the objective, [L, B]: sums over each row.
+    cache:   with the new tokens in it, if there was one.
     """
 
     hidden_BTD: jax.Array
@@ -41,6 +44,7 @@ class Output(NamedTuple):
     ranges: Ranges
     records: Records
     sums: Records = {}  # noqa: RUF012 -- never written to
+    cache: Cache | None = None
 
 
 def param_specs(cfg: ModelConfig) -> dict[str, Any]:
@@ -207,6 +211,7 @@ def forward(
     enter: Callable[[Any, jax.Array], Any] = lambda weights, index: weights,
     compute_dtype: Any = jnp.float32,
     output_dtype: Any = None,
+    cache: Cache | None = None,
 ) -> Output:
     """Runs the model on a batch of packed rows; gives the last hidden state, the head's weight and the records.
 
@@ -218,30 +223,36 @@ def forward(
     scan:       `jax.lax.scan`, or what does the same where layers are cut over devices (`parallel.layers.layer_scan`).
     enter:      `(weights, index of the layer) -> weights`, what they pass on their way into the block (`parallel.tiles.pinned`); changes memory, no result.
     output_dtype: of the last hidden state, rounded once from float32; None is the compute dtype.
+    cache:      what the rows have seen before: `batch` then holds their next tokens, one document a row, padding (segment 0) on the right. Layers are then
+                not rematerialized and record nothing.
     """
 
     def seen(key: str) -> Any:
         return cast_floating(view(params[key], substate(view_state, key)), compute_dtype)
 
-    def step(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, Records]:
+    def step(x_BTD: jax.Array, layer: Any, change: Callable[[Ops], Ops] = lambda ops: ops) -> tuple[jax.Array, Records]:
         p, state, layer_ranges, index = layer
         p = enter(p, index)
         scope = make_ops(layer_ranges)
         seen_p = cast_floating(view(p, state), compute_dtype)
-        return block(x_BTD, seen_p, batch, cfg, scope.ops, index), scope.close()
+        return block(x_BTD, seen_p, batch, cfg, change(scope.ops), index), scope.close()
 
     head_ranges = _outer_ranges(ranges)
     outer = make_ops(head_ranges)
     embed = seen("embed")
     x_BTD = embed_tokens(embed, batch, cfg, outer.ops, compute_dtype)
     layers = (params["blocks"], substate(view_state, "blocks"), _block_ranges(ranges), jnp.arange(cfg.layers))
-    kept = wrapper(parse(remat, sites(cfg)))
-    x_BTD, records = scan(kept(step), x_BTD, layers, unroll=min(unroll, cfg.layers))
+    records: Records = {}
+    if cache is None:
+        kept = wrapper(parse(remat, sites(cfg)))
+        x_BTD, records = scan(kept(step), x_BTD, layers, unroll=min(unroll, cfg.layers))
+    else:
+        x_BTD, cache = through_cache(step, x_BTD, layers, cache, batch, cfg)
     hidden_BTD = last_hidden(x_BTD, seen("final_norm"), cfg, output_dtype or compute_dtype)
     head = embed["table"] if cfg.tied else seen("head")["w"]
     sums = kept_sums(records)
     records = {f"blocks/{name}": x for name, x in records.items() if not name.startswith(KEPT)} | outer.close()
-    return Output(hidden_BTD, head, head_ranges, records, sums)
+    return Output(hidden_BTD, head, head_ranges, records, sums, cache)
 
 
 def kept_sums(records: Records) -> Records:

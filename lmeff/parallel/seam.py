@@ -10,10 +10,13 @@ from lmeff.core.dims import split_einsum
 from lmeff.core.numerics import is_qtensor
 from lmeff.core.ops import FLOATING, Einsum, MakeOps, Numerics, lookup, make_ops, plain_einsum
 from lmeff.models.attention import attention
+from lmeff.models.cache import Stack, stack_letters
+from lmeff.models.cached import How, New, cached_attention
 from lmeff.models.mask import Mask
 from lmeff.parallel.context import context_attention
 from lmeff.parallel.experts import spread
 from lmeff.parallel.mesh import WHOLE, Layout
+from lmeff.parallel.packed import packed_on
 
 
 def layout_ops(layout: Layout, numerics: Numerics = FLOATING, product: Einsum = plain_einsum) -> MakeOps:
@@ -25,6 +28,8 @@ def layout_ops(layout: Layout, numerics: Numerics = FLOATING, product: Einsum = 
         embed=functools.partial(_embed, layout),
         spread=functools.partial(spread, layout),
         product=product,
+        packed=functools.partial(packed_on, layout),
+        cached=functools.partial(_cached, layout),
     )
 
 
@@ -85,6 +90,27 @@ def _attend(
     letters = ("BSHC", "BSKC", "BSKC", "BS", *("" for _ in kind))
     call = layout.on_shards(local, letters, "BSHC", checked=checked)
     return call(q_BTHC, k_BSKC, v_BSKC, segments_BT, *kind)
+
+
+def _cached(
+    layout: Layout,
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    stack: Stack,
+    layer: Any,
+    new: New,
+    how: How,
+) -> tuple[jax.Array, Stack]:
+    """Attention to a cache; rows and heads are cut over the mesh, and every device works alone. Tokens of a row are not cut, nor are layers."""
+    letters = stack_letters(stack)
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, stack: Stack, layer: Any, new: New) -> tuple[jax.Array, Stack]:
+        return cached_attention(q, k, v, stack, layer, new, how, platform=layout.platform)
+
+    inputs = ("BSHC", "BSKC", "BSKC", letters, "", New("BS", "B"))
+    call = layout.on_shards(local, inputs, ("BSHC", letters), checked=layout.platform != "tpu")
+    return call(q_BTHC, k_BTKC, v_BTKC, stack, jnp.asarray(layer), new)
 
 
 def _embed(layout: Layout, table_VD: Any, tokens_BT: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from lmeff.core.dims import matmul_flops, split_einsum
 from lmeff.core.exchange import ALONE, ExpertLayer, Routed
 from lmeff.core.numerics import is_qtensor
 from lmeff.core.ops import Ops, Products, Ranges, Scope
+from lmeff.core.packed import are_integers
 from lmeff.core.precision import Policy
 from lmeff.core.specs import abstract
 from lmeff.core.tree import flatten, map_with_path
@@ -167,11 +168,12 @@ class _Counter:
 
     def product(self, site: str, equation: str, flops: int, x: Any, w: Any, made: Any) -> None:
         """Notes a product."""
-        whole = is_qtensor(w) and self.numerics.at(site) is not None  # codes times codes
+        format = self.numerics.at(site)
+        whole = is_qtensor(w) and format is not None and are_integers(format, w.format)  # codes times codes
         reads = {"activation": x.size if whole else _bytes(x), "weight": _bytes(w)}
         dense = self.left.get(self.paths[id(w)], 1.0)
-        format = "int8" if whole else jnp.dtype(x.dtype).name
-        self.note(Site(site, "product", equation, 1, float(flops), 1.0, dense, reads, _bytes(made), format))
+        arithmetic = "int8" if whole else jnp.dtype(x.dtype).name
+        self.note(Site(site, "product", equation, 1, float(flops), 1.0, dense, reads, _bytes(made), arithmetic))
 
     def attend(self, q: Any, k: Any, v: Any, segments: Any, **seen: Any) -> jax.Array:
         """Scores and values of every query with every key; the part that is seen is the mean over layers, which may differ in it."""

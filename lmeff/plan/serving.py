@@ -12,6 +12,8 @@ from lmeff.core.errors import ConfigError
 from lmeff.core.numerics import QFormat, parse_format
 from lmeff.core.specs import ParamSpec
 from lmeff.core.tree import flatten
+from lmeff.models.cache import cache_bytes as array_bytes
+from lmeff.models.cache import cache_specs, parse_cache
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import AXES
@@ -89,7 +91,7 @@ def serving(
 ) -> Serving:
     """Of a batch of rows with `context` tokens each.
 
-    weights: of products in the blocks, "float32", "bfloat16", "fp8", or an integer format such as "int8" or "int4/g32"; embedding, head and norms are bfloat16,
+    weights: of products in the blocks, "float32", "bfloat16", or a quantized format such as "fp8" or "int4/g32"; embedding, head and norms are bfloat16,
         or float32 with weights of float32. cache: the same for keys and values (`cache_bytes`). arithmetic: of these products.
     Raises `ConfigError` where heads do not divide over the devices.
     """
@@ -122,7 +124,7 @@ def serving(
 
 
 def table(cfg: ModelConfig, chip: Chip, *, devices: int = 1, batch: int = 1, context: int = 1024) -> list[Serving]:
-    """The same for every pair of formats; integers times bfloat16 where only weights are integers, codes times codes as "int8"."""
+    """The same for every pair of formats; codes times bfloat16 where only weights are quantized, codes times codes as "int8" or "fp8"."""
     return [
         serving(cfg, chip, devices=devices, weights=w, cache=c, arithmetic=arithmetic, batch=batch, context=context)
         for (w, arithmetic), c in itertools.product(WEIGHTS, CACHES)
@@ -132,8 +134,8 @@ def table(cfg: ModelConfig, chip: Chip, *, devices: int = 1, batch: int = 1, con
 def cache_bytes(cfg: ModelConfig, cache: str, rows: int, tokens: int) -> float:
     """Bytes of the keys and values of so many rows, all layers; a layer with a window keeps no more than its own tokens.
 
-    Of integers "int8" and "int4" have a float32 scale for each token and head, "int4/g32" one for each 32 numbers of a head, "int8/tensor" one a layer; affine
-    ones a zero point of 32 bits for each scale.
+    "fp8", "int8" and "int4" have a float32 scale for each token and head, "int4/g32" one for each 32 numbers of a head, "int8/tensor" one a layer; affine
+    ones a zero point of 32 bits for each scale. "int4/channel" and the like are counted by the very arrays (`lmeff.models.cache.CacheFormat`).
 
     Llama-3-8B: 2 x 32 layers x 8 heads x 128 numbers x 2 bytes are 128 KiB a token; int8 with scales is (128 + 4) / 256 of that.
 
@@ -141,6 +143,8 @@ def cache_bytes(cfg: ModelConfig, cache: str, rows: int, tokens: int) -> float:
     >>> [cache_bytes(preset("llama3_8b"), cache, 1, 8192) / 2**20 for cache in ("bfloat16", "int8")]
     [1024.0, 528.0]
     """
+    if "/channel" in cache:
+        return float(array_bytes(cache_specs(cfg, parse_cache(cache), rows=rows, tokens=tokens)))
     seen = sum(count * min(tokens, window or tokens) for window, count in cfg.windows)
     heads = 2 * cfg.kv_heads * seen * rows
     codes = heads * cfg.head_size * bits(cache) / 8
@@ -156,7 +160,7 @@ def bits(name: str) -> float:
     """Of one number, without scales; raises `ConfigError` for what is no format."""
     if name in FLOATS:
         return FLOATS[name]
-    return 4 if _quantized(name).bits <= 4 else 8
+    return _quantized(name).width
 
 
 def _quantized(name: str) -> QFormat:
@@ -255,11 +259,12 @@ def _collectives(cfg: ModelConfig, chip: Chip, devices: int, tokens: float) -> f
     return cfg.layers * 2 * 2 * way.gather(tokens * cfg.width * 2)
 
 
-FLOATS = {"float32": 32.0, "bfloat16": 16.0, "fp8": 8.0}
+FLOATS = {"float32": 32.0, "bfloat16": 16.0}
 CACHES = ("float32", "bfloat16", "fp8", "int8", "int4")
 WEIGHTS = (
     ("float32", "float32"),
     ("bfloat16", "bfloat16"),
+    ("fp8", "bfloat16"),
     ("fp8", "fp8"),
     ("int8", "bfloat16"),
     ("int8", "int8"),

@@ -22,7 +22,7 @@ def evaluate(
     experiment: Experiment, directory: Path, *, names: Sequence[str], text: Sequence[str], console: Console
 ) -> dict[str, Any]:
     """Loss, interval and bits/byte of the named artifacts (default: all that are done), as a JSON-able object."""
-    shapes = validate(experiment, jax.device_count())
+    shapes = validate(experiment, jax.device_count(), directory)
     for name in names:
         experiment.stage(name)
     shop = open_workshop(experiment, shapes, directory, console)

@@ -14,6 +14,7 @@ from lmeff.compress.calibrate import calibrate
 from lmeff.compress.importance import scores
 from lmeff.compress.shrink import ShrinkConfig, describe, plan, shrink
 from lmeff.config import Experiment, Stage
+from lmeff.config.loads import describe as describe_source
 from lmeff.core.numerics import materialize
 from lmeff.core.precision import Policy, parse
 from lmeff.core.specs import abstract, initialize
@@ -25,6 +26,7 @@ from lmeff.parallel.rows import own_rows
 from lmeff.recipe.artifact import Artifact, Recipe
 from lmeff.recipe.measure import held_out
 from lmeff.recipe.runtime import make_runtime
+from lmeff.recipe.sources import load_weights
 from lmeff.train.evaluate import make_eval_step
 from lmeff.train.loop import Cost, Job, train
 from lmeff.train.metrics import read_metrics
@@ -66,7 +68,7 @@ class Start(NamedTuple):
     """Where a stage begins.
 
     state: the compression's state carried over from the earlier artifact; None where the stage compresses anew.
-    note:  what was cut, in words.
+    note:  where it was loaded from and what was cut, in words.
     """
 
     cfg: ModelConfig
@@ -123,19 +125,29 @@ def starting_point(shop: Workshop, stage: Stage, earlier: Artifacts) -> Start:
     forward pass saw them.
     """
     recipes = {name: artifact.recipe for name, artifact in earlier.items()}
-    if stage.start is None:
+    if stage.start is None and stage.load is None:
         cfg = stage.model or shop.experiment.model
         start = Start(cfg, _random(shop, cfg), recipe_of(stage, cfg, recipes))
-    elif continues(stage):
+    elif stage.start is not None and continues(stage):
         origin = earlier[stage.start]
         start = Start(origin.cfg, origin.params, recipe_of(stage, origin.cfg, recipes), origin.state, origin.ranges)
     else:
-        origin = earlier[stage.start]
-        cfg, params, note = origin.cfg, materialize(origin.effective()), ""
+        cfg, params, notes = _seen(shop, stage, earlier)
         if stage.shrink is not None:
-            cfg, params, note = _shrunk(shop, stage.shrink, cfg, params)
-        start = Start(cfg, params, recipe_of(stage, cfg, recipes), note=note)
+            cfg, params, cut = _shrunk(shop, stage.shrink, cfg, params)
+            notes.append(cut)
+        start = Start(cfg, params, recipe_of(stage, cfg, recipes), note="; ".join(notes))
     return _calibrated(shop, stage, start)
+
+
+def _seen(shop: Workshop, stage: Stage, earlier: Artifacts) -> tuple[ModelConfig, Any, list[str]]:
+    """The weights of a stage's start as its forward pass saw them, or those that are loaded; and where from, in words."""
+    if stage.load is not None:
+        cfg, params = load_weights(Path(stage.load), shop.layout, shop.policy.params)
+        return cfg, params, [f"loaded from {stage.load} ({describe_source(Path(stage.load)).words})"]
+    assert stage.start is not None
+    origin = earlier[stage.start]
+    return origin.cfg, materialize(origin.effective()), []
 
 
 def _random(shop: Workshop, cfg: ModelConfig) -> Any:

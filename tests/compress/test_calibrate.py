@@ -230,7 +230,7 @@ def test_bad_rules(case):
 
 BAD_FIELDS = {
     "group": ({"rules": ((".*", "int8/g32"),)}, r"rules\[0\].*'int8/g32', but groups are for weights"),
-    "format": ({"rules": ((".*", "fp8"),)}, "got 'fp8', expected intBITS"),
+    "format": ({"rules": ((".*", "fp7"),)}, "got 'fp7', expected intBITS"),
     "ranges": ({"ranges": "percentle"}, "did you mean 'percentile'"),
     "batches": ({"batches": 0}, "batches: got 0"),
     "percentile": ({"percentile": 0.9999}, "percentile: got 0.9999, expected more than 50"),

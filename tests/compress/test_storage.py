@@ -35,6 +35,8 @@ def test_dense_leaves_are_their_dtype():
         ("int4/g16", 4, 80, 0),
         ("int4-affine/g24", 4, 60, 60),
         ("int8/tensor", 8, 2, 0),
+        ("fp8", 8, 20, 0),
+        ("fp8/g16", 8, 80, 0),
     ],
 )
 def test_packed_leaves_count_scales_and_zero_points(format, slot, scales, zeros):

@@ -234,7 +234,7 @@ def test_11_quantization_before_anything_else_is_refused():
         chain(MEMBERS["prune"], quantize("int8"), quantize("int4"))
 
 
-@pytest.mark.parametrize("format", ["int8", "int8-affine", "int4-affine/g8", "int3/tensor"])
+@pytest.mark.parametrize("format", ["int8", "int8-affine", "int4-affine/g8", "int3/tensor", "fp8"])
 def test_11_masked_weights_are_zero_on_the_grid(format):
     compression = pruned_and_quantized(format, sparsity=0.5)
     made = jax.jit(functools.partial(run, compression))(random_params())

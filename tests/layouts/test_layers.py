@@ -57,6 +57,7 @@ def test_every_dtype_comes_bit_for_bit(layers):
         "bool": real > 0,
         "int32": jnp.arange(layers * 3).reshape(layers, 3),
         "int4": quantize(real, QFormat(bits=4, symmetric=False, granularity="group", group=8), (-2,)),
+        "fp8": quantize(real, QFormat(kind="float"), (-2,)),
     }
     placed = jax.device_put(tree, layout.sharding("L", (layers,)))
 

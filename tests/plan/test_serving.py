@@ -67,7 +67,7 @@ def test_a_prompt_takes_as_long_as_its_products():
     assert found.prefill_ms == pytest.approx(1e3 * flops / 989.4e12 / (4 * 8192))
 
 
-@pytest.mark.parametrize("weights", ["int8", "int8/tensor", "int4/g32", "int4-affine/g64"])
+@pytest.mark.parametrize("weights", ["fp8", "int8", "int8/tensor", "int4/g32", "int4-affine/g64"])
 def test_weights_are_as_large_as_exported_ones(weights):
     """Codes by their bits, scales and zero points as they are stored, the rest in bfloat16."""
     cfg = dataclasses.replace(preset("125m"), tied=False)
@@ -143,7 +143,7 @@ def test_experts_are_read_where_a_token_goes_to_them():
 
 
 def test_formats_are_told_apart():
-    with pytest.raises(ConfigError, match=r"got 'float12'.*or one of float32, bfloat16, fp8"):
+    with pytest.raises(ConfigError, match=r"got 'float12'.*or one of float32, bfloat16"):
         serving(EIGHT, H100, weights="float12")
     with pytest.raises(ConfigError, match="got 'int3x'"):
         serving(EIGHT, H100, cache="int3x")

@@ -34,7 +34,7 @@ def make_tree(seed=0):
             w > 0,
             jnp.int32(7),
             jnp.zeros((0, 3)),
-            Pair(quantize(w, QFormat(), (-2,)), ()),
+            Pair(quantize(w, QFormat(), (-2,)), quantize(w, QFormat(kind="float"), (-2,))),
         ),
     )
 

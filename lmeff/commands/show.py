@@ -9,11 +9,11 @@ import tyro
 from rich.console import Console
 
 from lmeff import doctor
+from lmeff.commands.words import refuse_unknown
 from lmeff.config.files import to_json
 from lmeff.config.overrides import resolve
 from lmeff.config.schema import flat_values
 from lmeff.config.validate import validate
-from lmeff.core.errors import UsageError
 from lmeff.core.files import write_asked
 from lmeff.core.precision import parse
 from lmeff.launch import simulate_devices
@@ -98,7 +98,7 @@ class Doctor:
 
 def make_report(command: MakeReport, overrides: Sequence[str], console: Console) -> Json:
     """`lmeff report`."""
-    _refuse(overrides, "report")
+    refuse_unknown(overrides, "report")
     report = Report.read(command.run / "report.json")
     write_html(report, command.run / "report.html")
     print_artifacts(report, console)
@@ -125,7 +125,7 @@ def show_config(command: ShowConfig, overrides: Sequence[str], console: Console)
 
 def show_schedule(command: ShowSchedule, overrides: Sequence[str], console: Console) -> Json:
     """`lmeff schedule`."""
-    _refuse(overrides, "schedule")
+    refuse_unknown(overrides, "schedule")
     if is_file(command.name):
         schedule = from_csv(Path(command.name), Path(command.name).stem)
     else:
@@ -140,14 +140,7 @@ def show_schedule(command: ShowSchedule, overrides: Sequence[str], console: Cons
 
 def examine(command: Doctor, overrides: Sequence[str], console: Console) -> Json:
     """`lmeff doctor`."""
-    _refuse(overrides, "doctor")
+    refuse_unknown(overrides, "doctor")
     checks = doctor.examine()
     doctor.print_checks(checks, console)
     return {"checks": [check._asdict() for check in checks]}
-
-
-def _refuse(arguments: Sequence[str], command: str) -> None:
-    if arguments:
-        raise UsageError(
-            f"lmeff {command}: unknown arguments {list(arguments)}; expected those that `lmeff {command} --help` lists"
-        )
