@@ -78,10 +78,20 @@ def huggingface_identity(folder: Path) -> str:
 def loads(experiment: Experiment, directory: Path) -> dict[str, Loaded]:
     """The models that stages are loaded from, by stage. directory: the run's; where a model is gone, what the run kept of it counts.
 
-    Raises `ConfigError` where there is none, or where it is another than the run began with.
+    Raises `ConfigError` where there is none.
     """
     before = kept(directory)
-    return {s.name: _loaded(s, s.load, before.get(s.name), directory) for s in experiment.recipe if s.load is not None}
+    return {s.name: _loaded(s, s.load, before.get(s.name)) for s in experiment.recipe if s.load is not None}
+
+
+def check_same(found: Mapping[str, Loaded], directory: Path) -> None:
+    """Refuses to go on with a run from other models than it began with; they may lie elsewhere."""
+    for name, before in kept(directory).items():
+        if name in found and found[name].identity != before.identity:
+            raise ConfigError(
+                f"stage '{name}'.load: holds another model than the one that the run in {directory} began from, expected the same to go on. "
+                "Put it back, choose another --name, or delete the folder to begin anew."
+            )
 
 
 def keep(found: Mapping[str, Loaded], directory: Path) -> None:
@@ -95,19 +105,13 @@ def keep(found: Mapping[str, Loaded], directory: Path) -> None:
     write_text(directory / FILE, json.dumps(values, indent=1) + "\n")
 
 
-def _loaded(stage: Stage, path: str, before: Loaded | None, directory: Path) -> Loaded:
+def _loaded(stage: Stage, path: str, before: Loaded | None) -> Loaded:
     if before is not None and not Path(path).exists():
         return before
     try:
-        found = describe(Path(path))
+        return describe(Path(path))
     except UserError as error:
         raise ConfigError(f"stage '{stage.name}'.load: {error}") from error
-    if before is not None and before.identity != found.identity:
-        raise ConfigError(
-            f"stage '{stage.name}'.load: {path} holds another model than the one that the run in {directory} began from, expected the same to go on. "
-            "Put it back, choose another --name, or delete the folder to begin anew."
-        )
-    return found
 
 
 def kept(directory: Path) -> dict[str, Loaded]:

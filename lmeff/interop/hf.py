@@ -102,7 +102,8 @@ def export(
         for name, parts in found.items():
             value = stored_value(parts, lambda path, at: fetch_tensor(flat[path], *at), sizes_of(cfg))
             if writer is not None:
-                writer.write(name, value.astype(kinds[name]))
+                writer.write(name, value.astype(kinds[name], copy=False))
+            del value  # before the next is fetched
         if writer is not None:
             (writer.folder / NAME).write_text(text, encoding="utf-8")
             for file in files:

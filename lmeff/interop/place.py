@@ -15,6 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from lmeff.interop.strips import fill
+
 Index = tuple[slice, ...]
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each dim
 
@@ -74,7 +76,7 @@ def _fill(bounds: Bounds, dtype: Any, read: Callable[..., np.ndarray], stacked: 
             here = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(piece, own))
             expected = tuple(b - a for a, b in piece)
             assert values.shape == expected, f"read{index}: got {values.shape}, expected {expected}"
-            target[here] = values
+            fill(target[*here, ...], values)
     return host
 
 

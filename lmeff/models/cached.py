@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from lmeff.core.numerics import QFormat, encode, find_scale
+from lmeff.kernels.decode_attention import Seen, decode_attention
+from lmeff.kernels.traffic import LANES
 from lmeff.models.attention import attention
 from lmeff.models.cache import FLOATS, CacheFormat, Stack, held
 from lmeff.models.tiles import MASKED
@@ -68,7 +70,9 @@ def cached_attention(
 
 def form_of(platform: str, q_shape: tuple[int, ...], stack: Stack, how: How) -> str:
     """The form for local shapes on a platform, a key of `FORMS`."""
-    return "plain"
+    # Of narrower codes XLA lays out the stack otherwise than the kernel reads it, and would copy it in every step.
+    whole = stack.v.shape[-1] % LANES == 0
+    return "kernel" if platform == "tpu" and q_shape[1] == 1 and whole and not how.format.by_channel else "plain"
 
 
 # ---- writing
@@ -209,10 +213,11 @@ def plain(q_BTHC: jax.Array, stack: Stack, layer: Any, new: New, how: How) -> ja
     if own.v_scale is not None:
         weights_BKGTS = weights_BKGTS * own.v_scale[:, :, None, None]
     v_BKSC = unpack(own.v, how.format).astype(q_BTHC.dtype)
-    o_BTKGC = jnp.einsum(
-        "BKGTS,BKSC->BTKGC", weights_BKGTS.astype(v_BKSC.dtype), v_BKSC, preferred_element_type=jnp.float32
+    # In the product's own order: with T moved within the product, XLA for CPUs has no kernel for bfloat16 of several rows (jax 0.10.2).
+    o_BKGTC = jnp.einsum(
+        "BKGTS,BKSC->BKGTC", weights_BKGTS.astype(v_BKSC.dtype), v_BKSC, preferred_element_type=jnp.float32
     )
-    o_BTKGC = o_BTKGC / jnp.moveaxis(total_BKGT, 3, 1)[..., None]
+    o_BTKGC = jnp.moveaxis(o_BKGTC / total_BKGT[..., None], 3, 1)
     return o_BTKGC.reshape(b, t, h, c).astype(q_BTHC.dtype)
 
 
@@ -239,4 +244,15 @@ def _scores(q_BTKGC: jax.Array, own: Stack, position_BS: jax.Array, new: New, fo
     return jnp.where(open_BS[:, None, None, None], last, scores)
 
 
-FORMS: dict[str, Form] = {"plain": plain}
+def kernel(q_BTHC: jax.Array, stack: Stack, layer: Any, new: New, how: How, *, interpret: bool = False) -> jax.Array:
+    """One token a row, in one pass over what the row's cache holds."""
+    q_BHC = q_BTHC[:, 0] * jnp.asarray(q_BTHC.shape[-1] ** -0.5, q_BTHC.dtype)
+    seen = Seen(how.window, how.softcap)
+    of_rows = (new.length_B, new.positions_BT[:, 0])
+    o_BHC = decode_attention(
+        q_BHC, stack.k, stack.v, stack.k_scale, stack.v_scale, layer, *of_rows, seen, interpret=interpret
+    )
+    return o_BHC[:, None]
+
+
+FORMS: dict[str, Form] = {"plain": plain, "kernel": kernel}

@@ -1,7 +1,8 @@
 """Models in and out: someone else's becomes a model folder, and whatever `open_model` opens is written in a format that others read."""
 
+import functools
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +16,9 @@ from lmeff.core.numerics import is_qtensor, materialize
 from lmeff.core.specs import count
 from lmeff.data import pretrained
 from lmeff.data.portable import carried, special_ids, write_portable
+from lmeff.data.scored_bpe import ScoredBpe
 from lmeff.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
-from lmeff.interop import hf, llama2c
+from lmeff.interop import gguf, hf, llama2c
 from lmeff.interop.families import FAMILIES
 from lmeff.interop.model_folder import TOKENIZER, Header, is_model_folder
 from lmeff.models.config import ModelConfig
@@ -74,7 +76,13 @@ def import_model(source: Path, out: Path, *, tokenizer: Path | None = None, dtyp
 
 
 def export_model(
-    path: Path, out: Path, *, artifact: str | None = None, format: str = "hf", dtype: Any = None
+    path: Path,
+    out: Path,
+    *,
+    artifact: str | None = None,
+    format: str = "hf",
+    dtype: Any = None,
+    pretokenizer: str | None = None,
 ) -> dict[str, Any]:
     """Writes a model for others to read, complete or not at all; gives what was written as a JSON-able object.
 
@@ -86,7 +94,7 @@ def export_model(
     opened = open_model(path, artifact=artifact, mesh=MeshPlan(data=1), devices=jax.devices()[:1])
     with tempfile.TemporaryDirectory(prefix="lmeff-") as folder:
         files = tokenizer_files(path, opened.tokenizer, Path(folder))
-        family = WRITERS[format](opened, out, files, dtype)
+        family = WRITERS[format](opened, out, files, Choice(dtype, pretokenizer))
     left_out = sorted({site for site, _ in opened.served.numerics.activations})
     return {
         "model": str(out),
@@ -114,15 +122,49 @@ def tokenizer_files(path: Path, tokenizer: Tokenizer | None, scratch: Path) -> l
     return carried(scratch)
 
 
-def _write_hf(opened: OpenModel, out: Path, files: Iterable[Path], dtype: Any) -> str:
+class Choice(NamedTuple):
+    """What an export is told. dtype: of what is not packed; None keeps it. pretokenizer: llama.cpp's name for how a byte-level tokenizer cuts text."""
+
+    dtype: Any = None
+    pretokenizer: str | None = None
+
+
+def _write_hf(opened: OpenModel, out: Path, files: Sequence[Path], choice: Choice) -> str:
     """Packed weights are written as the numbers they stand for."""
+    if choice.pretokenizer is not None:
+        raise ConfigError(f"--pretokenizer: got '{choice.pretokenizer}' for the format hf, expected it with gguf alone")
     params = opened.served.params
     if any(is_qtensor(x) for x in jax.tree.leaves(params, is_leaf=is_qtensor)):
         params = jax.jit(materialize)(params)
     family = opened.family if opened.family in FAMILIES else None
     keep = opened.keep or ({} if opened.tokenizer is None else special_ids(opened.tokenizer))
-    return hf.export(opened.served.cfg, params, out, family=family, tokenizer_files=files, dtype=dtype, keep=keep).name
+    found = hf.export(
+        opened.served.cfg, params, out, family=family, tokenizer_files=files, dtype=choice.dtype, keep=keep
+    )
+    return found.name
 
 
-# Each writes a model in its format and gives the family it was written as.
-WRITERS: dict[str, Callable[[OpenModel, Path, Iterable[Path], Any], str]] = {"hf": _write_hf}
+def _write_gguf(opened: OpenModel, out: Path, files: Sequence[Path], choice: Choice, *, kind: str) -> str:
+    """One file for llama.cpp; a tokenizer of llama2.c, which the format has no place for, stays out."""
+    if choice.dtype is not None:
+        raise ConfigError(
+            f"--dtype: got {choice.dtype} for gguf, expected it in the format's name, one of {', '.join(WRITERS)}"
+        )
+    folder = None if not files or isinstance(opened.tokenizer, ScoredBpe) else files[0].parent
+    gguf.export(
+        opened.served.cfg,
+        opened.served.params,
+        out,
+        kind=kind,
+        tokenizer=folder,
+        pretokenizer=choice.pretokenizer,
+        name=out.stem,
+    )
+    return f"gguf {kind}"
+
+
+# Each writes a model in its format and gives what it was written as.
+WRITERS: dict[str, Callable[[OpenModel, Path, Sequence[Path], Choice], str]] = {
+    "hf": _write_hf,
+    **{f"gguf-{kind.lower()}": functools.partial(_write_gguf, kind=kind) for kind in gguf.TYPES},
+}
