@@ -73,7 +73,7 @@ def export(
     specs = flatten(param_specs(cfg))
     if unknown := sorted(leaves.keys() ^ specs.keys() | leaves.keys() - TENSORS.keys()):
         raise ConfigError(f"GGUF: got the leaf '{unknown[0]}', expected those of {architecture}: nothing is written")
-    rows = tuple(_row(path, leaf, specs[path], kind) for path, leaf in leaves.items())
+    rows = tuple(_row(path, leaves[path], spec, kind) for path, spec in specs.items())
     part = file.with_name(f".{file.name}.partial")
     writer = gguf.GGUFWriter(None, architecture)
     _add_metadata(gguf, writer, cfg, architecture, kind, name)
