@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from lmeff.config.schema import Experiment, Stage
 from lmeff.core.errors import CheckpointError, ConfigError, UserError
 from lmeff.core.files import write_text
-from lmeff.interop import hf
+from lmeff.interop import compressed_load, hf
 from lmeff.interop.model_folder import identity as folder_identity
 from lmeff.interop.model_folder import is_model_folder, read_header
 from lmeff.models.config import ModelConfig, read
@@ -40,7 +40,8 @@ def describe(path: Path) -> Loaded:
         return Loaded(header.cfg, folder_identity(path), words, header.family, header.keep)
     if is_huggingface(path):
         words, told = f"{model_type(path)}, a Hugging Face folder", hf.details(path)
-        return Loaded(hf.read_config(path), huggingface_identity(path), words, told["family"], told["keep"])
+        cfg = compressed_load.read_config(path) if compressed_load.is_compressed(path) else hf.read_config(path)
+        return Loaded(cfg, huggingface_identity(path), words, told["family"], told["keep"])
     raise CheckpointError(
         f"{path}: holds no model, expected a folder that `lmeff import` made or a Hugging Face folder (config.json and .safetensors)"
     )
@@ -108,6 +109,10 @@ def keep(found: Mapping[str, Loaded], directory: Path) -> None:
 def _loaded(stage: Stage, path: str, before: Loaded | None) -> Loaded:
     if before is not None and not Path(path).exists():
         return before
+    if is_huggingface(Path(path)) and compressed_load.is_compressed(Path(path)):
+        raise ConfigError(
+            f"stage '{stage.name}'.load: {path} holds packed weights, which cannot be trained; expected the model that they were made from"
+        )
     try:
         return describe(Path(path))
     except UserError as error:

@@ -37,10 +37,11 @@ def load_weights(path: Path, layout: Layout, dtype: Any) -> tuple[ModelConfig, A
 
 
 def stored_dtype(path: Path) -> Any:
-    """The narrowest dtype that holds all parameters of a model as they are stored."""
+    """The narrowest dtype that holds all parameters of a model as they are stored, codes left out."""
     if is_model_folder(path):
         return jnp.dtype(read_header(path).dtype)
-    floats = {info.dtype for info in open_tensors(path).values() if jnp.issubdtype(info.dtype, jnp.floating)}
+    stored = {info.dtype for info in open_tensors(path).values()}
+    floats = {dtype for dtype in stored if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1}
     if not floats:
         raise CheckpointError(f"{path}: its .safetensors hold no floating numbers, expected the weights of a model")
     return jnp.result_type(*floats)

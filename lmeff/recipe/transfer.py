@@ -18,7 +18,7 @@ from lmeff.data import pretrained
 from lmeff.data.portable import carried, special_ids, write_portable
 from lmeff.data.scored_bpe import ScoredBpe
 from lmeff.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
-from lmeff.interop import gguf, hf, llama2c
+from lmeff.interop import compressed_folder, gguf, hf, llama2c
 from lmeff.interop.families import FAMILIES
 from lmeff.interop.model_folder import TOKENIZER, Header, is_model_folder
 from lmeff.models.config import ModelConfig
@@ -81,21 +81,24 @@ def export_model(
     *,
     artifact: str | None = None,
     format: str = "hf",
+    weights: str | None = None,
     dtype: Any = None,
     pretokenizer: str | None = None,
 ) -> dict[str, Any]:
     """Writes a model for others to read, complete or not at all; gives what was written as a JSON-able object.
+
+    weights: quantizes it first, as `open_model` does.
 
     Raises `ConfigError` for a format that does not exist or has no words for the model, `CheckpointError` where `out` exists.
     """
     if format not in WRITERS:
         raise ConfigError(f"--format: got '{format}', expected one of {', '.join(WRITERS)}")
     refuse_existing(out)
-    opened = open_model(path, artifact=artifact, mesh=MeshPlan(data=1), devices=jax.devices()[:1])
+    opened = open_model(path, artifact=artifact, mesh=MeshPlan(data=1), devices=jax.devices()[:1], weights=weights)
     with tempfile.TemporaryDirectory(prefix="lmeff-") as folder:
         files = tokenizer_files(path, opened.tokenizer, Path(folder))
         family = WRITERS[format](opened, out, files, Choice(dtype, pretokenizer))
-    left_out = sorted({site for site, _ in opened.served.numerics.activations})
+    left_out = [] if format == COMPRESSED else sorted({site for site, _ in opened.served.numerics.activations})
     return {
         "model": str(out),
         "source": opened.source,
@@ -129,15 +132,46 @@ class Choice(NamedTuple):
     pretokenizer: str | None = None
 
 
+def _write_compressed(opened: OpenModel, out: Path, files: Sequence[Path], choice: Choice) -> str:
+    """Packed weights as they are, and the formats of what enters them."""
+    _refuse_pretokenizer(choice, COMPRESSED)
+    served = opened.served
+    found = compressed_folder.export(
+        served.cfg,
+        served.params,
+        out,
+        family=_family(opened),
+        numerics=served.numerics,
+        ranges=served.ranges,
+        tokenizer_files=files,
+        dtype=choice.dtype,
+        keep=_kept(opened),
+    )
+    return found.name
+
+
+def _family(opened: OpenModel) -> str | None:
+    return opened.family if opened.family in FAMILIES else None
+
+
+def _kept(opened: OpenModel) -> Mapping[str, Any]:
+    return opened.keep or ({} if opened.tokenizer is None else special_ids(opened.tokenizer))
+
+
+def _refuse_pretokenizer(choice: Choice, format: str) -> None:
+    if choice.pretokenizer is not None:
+        raise ConfigError(
+            f"--pretokenizer: got '{choice.pretokenizer}' for the format {format}, expected it with gguf alone"
+        )
+
+
 def _write_hf(opened: OpenModel, out: Path, files: Sequence[Path], choice: Choice) -> str:
     """Packed weights are written as the numbers they stand for."""
-    if choice.pretokenizer is not None:
-        raise ConfigError(f"--pretokenizer: got '{choice.pretokenizer}' for the format hf, expected it with gguf alone")
+    _refuse_pretokenizer(choice, "hf")
     params = opened.served.params
     if any(is_qtensor(x) for x in jax.tree.leaves(params, is_leaf=is_qtensor)):
         params = jax.jit(materialize)(params)
-    family = opened.family if opened.family in FAMILIES else None
-    keep = opened.keep or ({} if opened.tokenizer is None else special_ids(opened.tokenizer))
+    family, keep = _family(opened), _kept(opened)
     found = hf.export(
         opened.served.cfg, params, out, family=family, tokenizer_files=files, dtype=choice.dtype, keep=keep
     )
@@ -163,8 +197,11 @@ def _write_gguf(opened: OpenModel, out: Path, files: Sequence[Path], choice: Cho
     return f"gguf {kind}"
 
 
+COMPRESSED = "compressed-tensors"
+
 # Each writes a model in its format and gives what it was written as.
 WRITERS: dict[str, Callable[[OpenModel, Path, Sequence[Path], Choice], str]] = {
     "hf": _write_hf,
+    COMPRESSED: _write_compressed,
     **{f"gguf-{kind.lower()}": functools.partial(_write_gguf, kind=kind) for kind in gguf.TYPES},
 }

@@ -154,6 +154,13 @@ def test_packed_weights_are_read_as_codes_and_scales():
     assert (plain["mlp.up"].format, both["mlp.up"].format) == ("float32", "int8")
     assert plain["mlp.up"].reads["activation"] == 4 * both["mlp.up"].reads["activation"]
     assert plain["mlp.up"].flops == both["mlp.up"].flops
+    rules = ((r"blocks/.*/(w.|up|gate|down)", "fp8"), (".*", None))
+    floating = dataclasses.replace(coded, transforms=(Quantize(rules=rules),))  # such codes are no integers to sum
+    up = next(s for s in count_sites(Shape(cfg=BASE, recipe=floating), 1, TOKENS) if s.name == "mlp.up")
+    assert (up.format, up.reads) == (
+        "float32",
+        {"activation": 3 * 4 * TOKENS * 128, "weight": 3 * (128 * 320 + 320 * 4)},
+    )
 
 
 def test_density_is_what_the_masks_leave():
