@@ -164,9 +164,9 @@ def halves(q: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (signed << 4) >> 4, signed >> 4  # shifts to the right keep the sign
 
 
-def codes_of(t: QTensor, q: jax.Array | None = None) -> jax.Array:
-    """Codes, each a number of its own; `q` are some rows of `t.q`."""
-    q = t.q if q is None else q
+def codes_of(t: QTensor, rows: Any = None) -> jax.Array:
+    """Codes, each a number of its own; of all, or of some `rows` of `t.q`."""
+    q = t.q if rows is None else rows
     return jnp.stack(halves(q), -1).reshape(*q.shape[:-1], -1) if t.paired else q
 
 

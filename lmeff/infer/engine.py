@@ -22,6 +22,7 @@ from lmeff.models.cache import Cache, CacheFormat, cache_letters, cache_specs, e
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import Output, forward, project
 from lmeff.parallel.mesh import BATCH_AXES, Layout
+from lmeff.parallel.packed import stored_for
 from lmeff.parallel.seam import layout_ops
 
 SHORTEST = 16  # the smallest width that prompts are padded to; the others are its doubles
@@ -92,6 +93,7 @@ def make_engine(served: Served, *, batch: int, length: int, cache: CacheFormat, 
         cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, capacity=None))
     program = Program(cfg, served.numerics, served.layout, served.policy, cache, length, chunk)
     specs_of(program, batch)  # refuses chunks that the format does not take
+    served = dataclasses.replace(served, params=stored_for(served.layout, served.params))
     weights = (served.params, served.ranges)
 
     def prefill_prompts(tokens_BT: Any, lengths_B: Any) -> tuple[jax.Array, Cache]:
