@@ -8,8 +8,8 @@ import pytest
 from lmeff.kernels.decode_attention import Seen, decode_attention, decode_call
 from lmeff.kernels.traffic import bytes_moved
 from lmeff.models.cache import CacheFormat, Stack
-from lmeff.models.cached import encode_rows, form_of, pack
 from lmeff.models.cached import How as CachedHow
+from lmeff.models.cached import encode_rows, form_of, pack
 from tests.kernels.cases import error, shapes
 
 LAYERS, LAYER = 2, 1
@@ -52,7 +52,7 @@ def layer_of(codes, scale, numbers):
 
 def oracle(q, k, v, lengths, window, softcap):
     """Each row and head by itself, over the positions that its slots hold."""
-    rows, heads, width = q.shape
+    rows, heads, _ = q.shape
     out = np.zeros(q.shape)
     for b in range(rows):
         slots, n = k.shape[2], lengths[b]
