@@ -14,8 +14,6 @@ from lmeff.config.schema import Experiment, Stage
 from lmeff.core.errors import CheckpointError, ConfigError, UserError
 from lmeff.core.files import write_text
 from lmeff.interop import compressed_load, hf
-from lmeff.interop.compressed_folder import CONFIG
-from lmeff.interop.config_json import config_of, family_of, read_file
 from lmeff.interop.model_folder import identity as folder_identity
 from lmeff.interop.model_folder import is_model_folder, read_header
 from lmeff.models.config import ModelConfig, read
@@ -57,16 +55,12 @@ def is_huggingface(folder: Path) -> bool:
 
 def is_compressed(folder: Path) -> bool:
     """Whether it is a Hugging Face folder in the compressed-tensors layout."""
-    return compressed_load.is_compressed(read_file(folder))
+    return compressed_load.is_compressed(folder)
 
 
 def read_config(folder: Path) -> ModelConfig:
     """The shape of the model in a Hugging Face folder, whatever its layout."""
-    values = read_file(folder)
-    if not compressed_load.is_compressed(values):
-        return hf.read_config(folder)
-    plain = {key: value for key, value in values.items() if key != CONFIG}
-    return config_of(family_of(folder, values), plain, str(folder / "config.json"))
+    return compressed_load.read_config(folder) if is_compressed(folder) else hf.read_config(folder)
 
 
 def model_type(folder: Path) -> str | None:
