@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from lmeff.config.schema import Experiment, Stage
 from lmeff.core.errors import CheckpointError, ConfigError, UserError
 from lmeff.core.files import write_text
-from lmeff.interop import hf
+from lmeff.interop import compressed_load, hf
 from lmeff.interop.model_folder import identity as folder_identity
 from lmeff.interop.model_folder import is_model_folder, read_header
 from lmeff.models.config import ModelConfig, read
@@ -40,7 +40,9 @@ def describe(path: Path) -> Loaded:
         return Loaded(header.cfg, folder_identity(path), words, header.family, header.keep)
     if is_huggingface(path):
         words, told = f"{model_type(path)}, a Hugging Face folder", hf.details(path)
-        return Loaded(hf.read_config(path), huggingface_identity(path), words, told["family"], told["keep"])
+        if is_compressed(path):
+            words += " of packed weights"
+        return Loaded(read_config(path), huggingface_identity(path), words, told["family"], told["keep"])
     raise CheckpointError(
         f"{path}: holds no model, expected a folder that `lmeff import` made or a Hugging Face folder (config.json and .safetensors)"
     )
@@ -49,6 +51,16 @@ def describe(path: Path) -> Loaded:
 def is_huggingface(folder: Path) -> bool:
     """Whether it is a Hugging Face folder: its config.json names a model_type, which a run's does not."""
     return model_type(folder) is not None
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether it is a Hugging Face folder in the compressed-tensors layout."""
+    return compressed_load.is_compressed(folder)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The shape of the model in a Hugging Face folder, whatever its layout."""
+    return compressed_load.read_config(folder) if is_compressed(folder) else hf.read_config(folder)
 
 
 def model_type(folder: Path) -> str | None:

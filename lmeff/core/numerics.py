@@ -158,15 +158,20 @@ def pair(t: QTensor) -> QTensor:
     return dataclasses.replace(t, q=(low & 0xF) | (high << 4))
 
 
+def unpaired(t: QTensor) -> QTensor:
+    """The same tensor with each code by itself."""
+    return dataclasses.replace(t, q=codes_of(t).astype(t.format.storage)) if t.paired else t
+
+
 def halves(q: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The low and the high codes of bytes, int8."""
     signed = jax.lax.bitcast_convert_type(q, jnp.int8)
     return (signed << 4) >> 4, signed >> 4  # shifts to the right keep the sign
 
 
-def codes_of(t: QTensor, q: jax.Array | None = None) -> jax.Array:
-    """Codes, each a number of its own; `q` are some rows of `t.q`."""
-    q = t.q if q is None else q
+def codes_of(t: QTensor, rows: Any = None) -> jax.Array:
+    """Codes, each a number of its own; of all, or of some `rows` of `t.q`."""
+    q = t.q if rows is None else rows
     return jnp.stack(halves(q), -1).reshape(*q.shape[:-1], -1) if t.paired else q
 
 

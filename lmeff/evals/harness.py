@@ -7,6 +7,7 @@ likelihoods of texts; ids, windows and scores are those of `evals.tasks` and `ev
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from lmeff.core.errors import ConfigError
@@ -29,7 +30,7 @@ from lm_eval.api.registry import register_model  # noqa: E402
 class HarnessModel(LM):
     """Answers what the harness asks of a model; one process and its mesh answer all requests.
 
-    cache: in which numbers keys and values are kept while text is generated.
+    cache: in which numbers keys and values are kept while text is generated; None keeps them as arithmetic has them, in float32 or bfloat16.
     """
 
     def __init__(
@@ -37,10 +38,12 @@ class HarnessModel(LM):
         scorer: Scorer,
         tokenizer: Tokenizer,
         *,
-        cache: CacheFormat = CacheFormat(),  # noqa: B008 -- frozen
+        cache: CacheFormat | None = None,
     ) -> None:
         super().__init__()
-        self.scorer, self.tokens, self.cache = scorer, tokenizer, cache
+        self.scorer, self.tokens = scorer, tokenizer
+        wide = scorer.served.policy.compute == jnp.float32
+        self.cache = cache or CacheFormat(numbers="float32" if wide else "bfloat16")
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Of each (context, continuation): log-likelihood, and whether it is the greedy answer."""

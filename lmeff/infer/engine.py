@@ -23,6 +23,7 @@ from lmeff.models.config import ModelConfig
 from lmeff.models.legal import check_context
 from lmeff.models.transformer import Output, forward, project
 from lmeff.parallel.mesh import BATCH_AXES, Layout
+from lmeff.parallel.packed import stored_for
 from lmeff.parallel.seam import layout_ops
 
 ROOM = 128  # what caches of generation are rounded up to, in tokens
@@ -95,6 +96,7 @@ def make_engine(served: Served, *, batch: int, length: int, cache: CacheFormat, 
         cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, capacity=None))
     program = Program(cfg, served.numerics, served.layout, served.policy, cache, length, chunk)
     specs_of(program, batch)  # refuses chunks that the format does not take
+    served = dataclasses.replace(served, params=stored_for(served.layout, served.params))
     weights = (served.params, served.ranges)
 
     def prefill_prompts(tokens_BT: Any, lengths_B: Any) -> tuple[jax.Array, Cache]:

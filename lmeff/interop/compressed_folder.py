@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from lmeff.core.errors import ConfigError
-from lmeff.core.numerics import QFormat, dequantize, is_qtensor
+from lmeff.core.numerics import QFormat, dequantize, is_qtensor, unpaired
 from lmeff.core.ops import FLOATING, Numerics, Ranges
 from lmeff.core.specs import ParamSpec
 from lmeff.core.tree import Tree, flatten
@@ -90,7 +90,15 @@ def export(
     """
     folder = Path(folder)
     chosen = choose(cfg, family, folder)
-    plan = _planned(cfg, flatten(params), chosen, numerics, dtype, np.dtype(scales), folder)
+    plan = _planned(
+        cfg,
+        {p: unpaired(x) if is_qtensor(x) else x for p, x in flatten(params).items()},
+        chosen,
+        numerics,
+        dtype,
+        np.dtype(scales),
+        folder,
+    )
     text = _text(plan, chosen, keep or {}, folder)
     files = checked_files(tokenizer_files, folder)
     first = jax.process_index() == 0

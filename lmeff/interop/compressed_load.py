@@ -38,8 +38,19 @@ class Loaded(NamedTuple):
     numerics: Numerics
 
 
-def is_compressed(values: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of such a folder."""
+def is_compressed(folder: Path) -> bool:
+    """Whether it is such a folder, by its config.json."""
+    return _says(read_file(folder))
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The config of the model, but for how its weights are stored."""
+    values = read_file(folder)
+    kept = {key: value for key, value in values.items() if key != CONFIG}
+    return config_of(family_of(folder, values), kept, str(Path(folder) / NAME))
+
+
+def _says(values: Mapping[str, Any]) -> bool:
     found = values.get(CONFIG)
     return isinstance(found, dict) and found.get("quant_method") == "compressed-tensors"
 
@@ -55,12 +66,12 @@ def load(folder: Path, layout: Layout, dtype: Any = None, *, inputs: bool = True
     folder = Path(folder)
     values = read_file(folder)
     where = f"{folder / NAME}: {CONFIG}"
-    if not is_compressed(values):
+    if not _says(values):
         raise CheckpointError(
             f"{where}: got {str(values.get(CONFIG))[:80]}, expected one with the quant_method compressed-tensors; nothing is loaded"
         )
     family = family_of(folder, values)
-    cfg = config_of(family, {key: value for key, value in values.items() if key != CONFIG}, str(folder / NAME))
+    cfg = read_config(folder)
     tensors = open_tensors(folder)
     places = located(family, cfg, tensor_prefix(family, tensors))
     schemes = _found_schemes(values[CONFIG], places, cfg, where)

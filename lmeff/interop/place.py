@@ -52,11 +52,10 @@ def place_leaf(
         host = _fill(bounds, dtype, read, stacked, outer)
         for device in devices[bounds]:
             parts[device] = jax.device_put(host, SingleDeviceSharding(device, memory_kind=sharding.memory_kind))
-        jax.block_until_ready([parts[device] for device in devices[bounds]])  # sending is asynchronous and keeps `host`
+        # Sending is asynchronous, and JAX lets go of what it has sent in its next call or when Python collects: here, before the next shard is filled.
+        jax.block_until_ready([parts[device] for device in devices[bounds]])
         del host
-        gc.collect(
-            0
-        )  # JAX lets go of what it has sent in its next call or when Python collects: before the next shard is filled
+        gc.collect(0)
     return jax.make_array_from_single_device_arrays(tuple(shape), sharding, [*parts.values()], dtype=dtype)
 
 

@@ -129,7 +129,8 @@ def _kernel(
     exact = jax.lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     total = acc_ref[...]
     for place in range(m):
-        dense_RO = sum(jnp.where(where[i] == place, values[i], 0.0) for i in range(n))
+        found = (jnp.where(at_RO == place, value_RO, 0.0) for at_RO, value_RO in zip(where, values, strict=True))
+        dense_RO = functools.reduce(jnp.add, found)
         if x_ref.shape[2] == size:
             x_NR = x_ref[place]
         else:

@@ -29,7 +29,7 @@ from lmeff.kernels.blocks import blocked_product
 from lmeff.kernels.matrix import fits, matrices, outputs_first
 from lmeff.kernels.quantized import refusal, weight_product
 
-Form = Callable[..., jax.Array]
+Form = Callable[..., Any]
 """`(x, w, outputs_first) -> float32 [N, O]`: tokens [N, I], numbers or codes, by a packed weight [I, O], or [O, I] with `outputs_first`."""
 
 PLAIN = "plain"
@@ -87,16 +87,9 @@ def form_of(platform: str, equation: str, x: Any, w: QTensor, ways: Mapping[str,
     )
 
 
-def stored_for(platform: str, tree: Any) -> Any:
-    """Packed leaves as a platform's forms read them best: on CPUs two codes of at most 4 bits a byte. Outside of jit, once: what is served many times."""
-    if platform != "cpu":
-        return tree
-    paired = jax.jit(pair)
-
-    def leaf(x: Any) -> Any:
-        return paired(x) if is_qtensor(x) and _pairs(x) else x
-
-    return jax.tree.map(leaf, tree, is_leaf=is_qtensor)
+def stored_for(platform: str, t: QTensor) -> QTensor:
+    """A packed tensor as the platform's forms read it best: on CPUs two codes of at most 4 bits a byte. Outside of jit, for what is then used many times."""
+    return jax.jit(pair)(t) if platform == "cpu" and _pairs(t) else t
 
 
 def _pairs(t: QTensor) -> bool:

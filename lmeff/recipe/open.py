@@ -98,12 +98,12 @@ def _open_folder(path: Path, layout: Layout, policy: Policy | None) -> OpenModel
     from_there = describe(path)
     check_cuts(layout.plan.sequence, from_there.cfg, dict(layout.mesh.shape), str(path))
     policy = policy or _policy(stored_dtype(path), layout)
-    cfg, params = load_weights(path, layout, policy.params)
+    cfg, params, numerics = load_weights(path, layout, policy.params)
     place = path / TOKENIZER if is_model_folder(path) else path
     tokenizer = pretrained.load_tokenizer(place) if place.is_dir() and pretrained.holds_one(place) else None
     if tokenizer is not None:
         check_vocab(cfg, tokenizer, str(place))
-    served = Served(cfg=cfg, params=params, layout=layout, policy=policy)
+    served = Served(cfg=cfg, params=params, numerics=numerics, layout=layout, policy=policy)
     return OpenModel(served, tokenizer, f"{path} ({from_there.words})", from_there.family, from_there.keep)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lmeff.config.loads import is_huggingface
+from lmeff.config.loads import is_compressed, is_huggingface
 from lmeff.core.errors import CheckpointError, ConfigError
 from lmeff.core.files import refuse_existing
 from lmeff.core.numerics import is_qtensor, materialize
@@ -18,7 +18,7 @@ from lmeff.data import pretrained
 from lmeff.data.portable import carried, special_ids, write_portable
 from lmeff.data.scored_bpe import ScoredBpe
 from lmeff.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
-from lmeff.interop import gguf, hf, llama2c
+from lmeff.interop import compressed_folder, gguf, hf, llama2c
 from lmeff.interop.families import FAMILIES
 from lmeff.interop.model_folder import TOKENIZER, Header, is_model_folder
 from lmeff.models.config import ModelConfig
@@ -41,6 +41,10 @@ class Foreign(NamedTuple):
 def foreign(source: Path) -> Foreign:
     """What lies at `source`, without its weights; raises `CheckpointError` where it is no model that can be imported."""
     if source.is_dir() and is_huggingface(source):
+        if is_compressed(source):
+            raise ConfigError(
+                f"{source}: its weights are packed (compressed-tensors), expected plain ones to import; every command takes this folder as it is"
+            )
         found = hf.details(source)
         return Foreign(
             cfg=hf.read_config(source),
@@ -82,6 +86,7 @@ def export_model(
     artifact: str | None = None,
     format: str = "hf",
     dtype: Any = None,
+    weights: str | None = None,
     pretokenizer: str | None = None,
 ) -> dict[str, Any]:
     """Writes a model for others to read, complete or not at all; gives what was written as a JSON-able object.
@@ -91,11 +96,12 @@ def export_model(
     if format not in WRITERS:
         raise ConfigError(f"--format: got '{format}', expected one of {', '.join(WRITERS)}")
     refuse_existing(out)
-    opened = open_model(path, artifact=artifact, mesh=MeshPlan(data=1), devices=jax.devices()[:1])
+    opened = open_model(path, artifact=artifact, mesh=MeshPlan(data=1), devices=jax.devices()[:1], weights=weights)
     with tempfile.TemporaryDirectory(prefix="lmeff-") as folder:
         files = tokenizer_files(path, opened.tokenizer, Path(folder))
         family = WRITERS[format](opened, out, files, Choice(dtype, pretokenizer))
-    left_out = sorted({site for site, _ in opened.served.numerics.activations})
+    kept = format == "compressed-tensors"
+    left_out = [] if kept else sorted({site for site, _ in opened.served.numerics.activations})
     return {
         "model": str(out),
         "source": opened.source,
@@ -131,17 +137,45 @@ class Choice(NamedTuple):
 
 def _write_hf(opened: OpenModel, out: Path, files: Sequence[Path], choice: Choice) -> str:
     """Packed weights are written as the numbers they stand for."""
-    if choice.pretokenizer is not None:
-        raise ConfigError(f"--pretokenizer: got '{choice.pretokenizer}' for the format hf, expected it with gguf alone")
     params = opened.served.params
-    if any(is_qtensor(x) for x in jax.tree.leaves(params, is_leaf=is_qtensor)):
+    if is_packed(params):
         params = jax.jit(materialize)(params)
-    family = opened.family if opened.family in FAMILIES else None
+    return hf.export(opened.served.cfg, params, out, tokenizer_files=files, **_told(opened, choice, "hf")).name
+
+
+def _write_compressed(opened: OpenModel, out: Path, files: Sequence[Path], choice: Choice) -> str:
+    """Codes and scales as they are, with the formats of activations."""
+    served = opened.served
+    if not is_packed(served.params):
+        raise ConfigError(
+            f"--format compressed-tensors: {opened.source} holds no packed weights, expected some; pack them on the way with --weights, such as int4/g128, "
+            "or name an artifact of a stage that exports"
+        )
+    told = _told(opened, choice, "compressed-tensors")
+    return compressed_folder.export(
+        served.cfg,
+        served.params,
+        out,
+        numerics=served.numerics,
+        ranges=served.ranges,
+        tokenizer_files=files,
+        **told,
+    ).name
+
+
+def is_packed(params: Any) -> bool:
+    """Whether some leaf is."""
+    return any(is_qtensor(x) for x in jax.tree.leaves(params, is_leaf=is_qtensor))
+
+
+def _told(opened: OpenModel, choice: Choice, format: str) -> dict[str, Any]:
+    """What a Hugging Face folder is told besides the weights."""
+    if choice.pretokenizer is not None:
+        raise ConfigError(
+            f"--pretokenizer: got '{choice.pretokenizer}' for the format {format}, expected it with gguf alone"
+        )
     keep = opened.keep or ({} if opened.tokenizer is None else special_ids(opened.tokenizer))
-    found = hf.export(
-        opened.served.cfg, params, out, family=family, tokenizer_files=files, dtype=choice.dtype, keep=keep
-    )
-    return found.name
+    return {"family": opened.family if opened.family in FAMILIES else None, "keep": keep, "dtype": choice.dtype}
 
 
 def _write_gguf(opened: OpenModel, out: Path, files: Sequence[Path], choice: Choice, *, kind: str) -> str:
@@ -166,5 +200,6 @@ def _write_gguf(opened: OpenModel, out: Path, files: Sequence[Path], choice: Cho
 # Each writes a model in its format and gives what it was written as.
 WRITERS: dict[str, Callable[[OpenModel, Path, Sequence[Path], Choice], str]] = {
     "hf": _write_hf,
+    "compressed-tensors": _write_compressed,
     **{f"gguf-{kind.lower()}": functools.partial(_write_gguf, kind=kind) for kind in gguf.TYPES},
 }

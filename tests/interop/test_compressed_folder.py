@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lmeff.core.errors import CheckpointError, ConfigError
-from lmeff.core.numerics import is_qtensor, materialize, parse_format, quantize
+from lmeff.core.numerics import is_qtensor, materialize, pair, parse_format, quantize
 from lmeff.core.ops import Numerics
 from lmeff.core.tree import flatten, unflatten
 from lmeff.interop import hf
@@ -114,6 +114,15 @@ def test_placed_on_a_mesh_it_is_the_same(tmp_path):
     up = back.params["blocks"]["mlp"]["up"]
     assert not up.q.sharding.is_fully_replicated
     assert not up.scale.sharding.is_fully_replicated
+
+
+def test_codes_that_lie_two_a_byte_are_written_like_any(tmp_path):
+    """As `kernels.table.stored_for` keeps them for decoding on CPUs."""
+    cfg, params = model("llama", {"mlp": "int4/g8"})
+    paired = jax.tree.map(lambda x: pair(x) if is_qtensor(x) else x, params, is_leaf=is_qtensor)
+    assert paired["blocks"]["mlp"]["up"].paired
+    export(cfg, paired, tmp_path / "m")
+    assert_same(load(tmp_path / "m", ONE).params, params)
 
 
 def test_the_folder_says_what_it_is(tmp_path):
