@@ -101,7 +101,12 @@ def write_text(command: Generate, overrides: Sequence[str], console: Console) ->
     texts = read_prompts(command)
     told = Console(stderr=True, quiet=console.quiet)
     opened = open_model(
-        command.path, artifact=command.artifact, mesh=command.mesh, precision=command.precision, weights=command.weights
+        command.path,
+        artifact=command.artifact,
+        mesh=command.mesh,
+        precision=command.precision,
+        weights=command.weights,
+        paired=True,
     )
     tokenizer = need_tokenizer(opened, command.path)
     draft = None if command.draft is None else open_model(command.draft, mesh=command.mesh).served
