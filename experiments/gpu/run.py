@@ -67,9 +67,18 @@ class Options:
 
 
 TINY = Options(
-    models=("tiny",), batches=(1, 2), context=8, decoded=3, turns=2, trained="tiny", rows=2, tokens=16, steps=2,
-    sizes=((1, 64, 96), (5, 64, 96)),
-)  # fmt: skip
+    models=("tiny",),
+    formats=("bf16", "int4/g32+table"),
+    batches=(1, 2),
+    context=8,
+    decoded=3,
+    turns=2,
+    trained="tiny",
+    rows=2,
+    tokens=16,
+    steps=2,
+    sizes=((5, 64, 96),),
+)
 
 
 def device(options: Options) -> Iterator[Record]:

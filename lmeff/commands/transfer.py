@@ -48,10 +48,10 @@ class Export:
         path: the folder of a run, a model folder, or a Hugging Face folder.
         out: the folder (or, for gguf, the file) to write; it must not exist.
         artifact: of a run, by name; the last that is done where none is named.
-        format: hf is a Hugging Face folder that transformers opens, packed weights as the numbers they stand for; compressed-tensors is one with packed
-            weights as they are, which vLLM opens, too; gguf-q8_0, gguf-q4_0, gguf-f16,
-            gguf-bf16 and gguf-f32 are a file for llama.cpp, whose packed weights keep their codes where its blocks can.
-        weights: quantizes the blocks' matrices and an untied head first: int8, int4/g32, fp8, ...
+        format: hf is a Hugging Face folder that transformers opens, packed weights as the numbers they stand for; compressed-tensors is one with codes and
+            scales, which vLLM reads, too; gguf-q8_0, gguf-q4_0, gguf-f16, gguf-bf16 and gguf-f32 are a file for llama.cpp, whose packed weights keep
+            their codes where its blocks can.
+        weights: pack the blocks' matrices on the way, such as int8 or int4/g128.
         dtype: of the weights in the files, such as bfloat16; as they are where none is named.
         pretokenizer: for gguf, llama.cpp's name for how a byte-level tokenizer cuts text, such as llama-bpe or qwen2, where the model's kind does not say.
         json: print one JSON object on stdout.
@@ -99,8 +99,8 @@ def export_one(command: Export, overrides: Sequence[str], console: Console) -> J
         command.out,
         artifact=command.artifact,
         format=command.format,
-        weights=command.weights,
         dtype=dtype_of(command.dtype),
+        weights=command.weights,
         pretokenizer=command.pretokenizer,
     )
     told = f"{answer['source']}: written to {command.out} as {answer['format']} ({answer['family']})"

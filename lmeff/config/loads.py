@@ -40,8 +40,9 @@ def describe(path: Path) -> Loaded:
         return Loaded(header.cfg, folder_identity(path), words, header.family, header.keep)
     if is_huggingface(path):
         words, told = f"{model_type(path)}, a Hugging Face folder", hf.details(path)
-        cfg = compressed_load.read_config(path) if compressed_load.is_compressed(path) else hf.read_config(path)
-        return Loaded(cfg, huggingface_identity(path), words, told["family"], told["keep"])
+        if is_compressed(path):
+            words += " of packed weights"
+        return Loaded(read_config(path), huggingface_identity(path), words, told["family"], told["keep"])
     raise CheckpointError(
         f"{path}: holds no model, expected a folder that `lmeff import` made or a Hugging Face folder (config.json and .safetensors)"
     )
@@ -50,6 +51,16 @@ def describe(path: Path) -> Loaded:
 def is_huggingface(folder: Path) -> bool:
     """Whether it is a Hugging Face folder: its config.json names a model_type, which a run's does not."""
     return model_type(folder) is not None
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether it is a Hugging Face folder in the compressed-tensors layout."""
+    return compressed_load.is_compressed(folder)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The shape of the model in a Hugging Face folder, whatever its layout."""
+    return compressed_load.read_config(folder) if is_compressed(folder) else hf.read_config(folder)
 
 
 def model_type(folder: Path) -> str | None:
@@ -109,10 +120,6 @@ def keep(found: Mapping[str, Loaded], directory: Path) -> None:
 def _loaded(stage: Stage, path: str, before: Loaded | None) -> Loaded:
     if before is not None and not Path(path).exists():
         return before
-    if is_huggingface(Path(path)) and compressed_load.is_compressed(Path(path)):
-        raise ConfigError(
-            f"stage '{stage.name}'.load: {path} holds packed weights, which cannot be trained; expected the model that they were made from"
-        )
     try:
         return describe(Path(path))
     except UserError as error:

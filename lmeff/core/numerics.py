@@ -169,10 +169,10 @@ def halves(q: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (signed << 4) >> 4, signed >> 4  # shifts to the right keep the sign
 
 
-def codes_of(t: QTensor, q: jax.Array | None = None) -> jax.Array:
-    """Codes, each a number of its own; `q` are some rows of `t.q`."""
-    found: jax.Array = t.q if q is None else q
-    return jnp.stack(halves(found), -1).reshape(*found.shape[:-1], -1) if t.paired else found
+def codes_of(t: QTensor, rows: Any = None) -> jax.Array:
+    """Codes, each a number of its own; of all, or of some `rows` of `t.q`."""
+    q = t.q if rows is None else rows
+    return jnp.stack(halves(q), -1).reshape(*q.shape[:-1], -1) if t.paired else q
 
 
 def _pad_to_groups(x: jax.Array, axis: int, group: int) -> jax.Array:

@@ -205,8 +205,7 @@ def make_einsum(
     def einsum(equation: str, x: jax.Array, w: Any, *, site: str) -> jax.Array:
         format = numerics.at(site)
         axes = contracted_axes(equation)
-        integers = format is not None and is_qtensor(w) and are_integers(format, w.format)
-        if integers:
+        if format is not None and is_qtensor(w) and are_integers(format, w.format):
             x_codes = encode_activation(x, axes, format, ranges, site)
             made = packed(equation, x_codes, w)
             return (packed_einsum(equation, x_codes, w) if made is None else made).astype(x.dtype)

@@ -52,8 +52,9 @@ def part_of(w: QTensor, dim: int, start: Any, size: int) -> QTensor:
     group = _group(w, dim)
 
     def run(x: Any, step: int) -> Any:  # of scales
-        shared = x is None or x.shape[dim] == 1
-        return x if shared else jax.lax.dynamic_slice_in_dim(x, start // step, -(-size // step), dim)
+        if x is None or x.shape[dim] == 1:
+            return x
+        return jax.lax.dynamic_slice_in_dim(x, start // step, -(-size // step), dim)
 
     bytes_start, bytes_size = (start // 2, size // 2) if w.paired and dim == 1 else (start, size)
     q = jax.lax.dynamic_slice_in_dim(w.q, bytes_start, bytes_size, dim)

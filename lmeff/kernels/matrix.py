@@ -11,8 +11,8 @@ class Matrices(NamedTuple):
     """A product as a matrix product.
 
     x:             [N, I], numbers, or codes with one scale for each token or one for all.
-    w:             [I, O], or [O, I] with `outputs_first` (a tied head); with one scale for all, one for each output or one for each run of `format.group` inputs
-                   of an output.
+    w:             [I, O], or [O, I] with `outputs_first` (a tied head); with one scale for all, one for each output or one for each run of `format.group`
+                   inputs of an output.
     shape:         of the result, [N, O] before.
     """
 

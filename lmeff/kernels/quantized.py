@@ -1,7 +1,7 @@
 """Products with quantized weights as Pallas kernels for TPUs: codes go from memory to the cores as they are stored and become numbers there.
 
 Two kernels, each for few tokens, where a product takes as long as reading its weight. `weight_product`: activations are numbers. `integer_product`: both are
-codes, multiplied and summed as integers. Codes of 4 bits are int4 arrays, which XLA keeps two a byte and Mosaic reads as such.
+codes, multiplied and summed as integers. Codes of 4 bits are int4 arrays, which XLA for TPUs keeps two a byte and Mosaic reads as such on v5e, v5p and v6e.
 """
 
 import functools
@@ -14,9 +14,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lmeff.core.numerics import QTensor
-from lmeff.kernels.traffic import LANES, Blocks, Call, block_size
+from lmeff.kernels.traffic import LANES, SUBLANES, Blocks, Call, block_size
 
+MOST_TOKENS_BYTES = 4 << 20  # of all tokens, which stay in a core's memory
 MOST_INPUTS, MOST_OUTPUTS = 2048, 512  # of a block: its codes in float32 take 4 MiB of a core's memory
+
+
+def refusal(tokens: int, inputs: int, outputs_first: bool, group: int | None) -> str | None:
+    """Why `weight_product` does not take a product; None where it does."""
+    if 4 * tokens * inputs > MOST_TOKENS_BYTES:
+        return f"{tokens} tokens of {inputs} inputs do not stay in a core's memory"
+    multiple = LANES if outputs_first else SUBLANES
+    if group is not None and group % multiple:
+        return f"groups of {group} along the {'last' if outputs_first else 'first'} dim of a weight are no multiple of {multiple}"
+    return None
 
 
 def product_call(tokens: int, w: Any, outputs_first: bool, x_dtype: Any, scaled_tokens: bool = False) -> Call:
@@ -64,7 +75,7 @@ def integer_product(x: QTensor, w: QTensor, outputs_first: bool, *, interpret: b
 
     Both symmetric. Sums are exact; the two scales multiply them once at the end.
     """
-    assert x.zero is None and w.zero is None and w.format.group is None
+    assert (x.zero, w.zero, w.format.group) == (None, None, None), (x.format, w.format)
     call = product_call(x.shape[0], w, outputs_first, jnp.int8, scaled_tokens=True)
     scale_N1 = jnp.broadcast_to(x.scale, (x.shape[0], 1))
     kernel = functools.partial(_integer_kernel, turned=outputs_first)

@@ -1,7 +1,16 @@
 """Which form computes a product with a packed weight: by the platform that it will run on, its shape and its formats.
 
-The plain form, weights turned into numbers or integer products by XLA, is right everywhere. What is better somewhere has a rule here and a row in `FORMS`. Where a
-platform has kernels and a product cannot have one, that is told in one line of the log, once for each reason.
+The plain form, weights turned into numbers or integer products by XLA, is right everywhere. What is better somewhere has a rule here and a row in `FORMS`.
+Where the plain form moves more than the codes and nothing better is to be had, one line of the log says so, once for each reason.
+
+| platform | products | form | why |
+|---|---|---|---|
+| cpu | up to 16 tokens; any number with two codes a byte | blocks | XLA writes the whole weight in float32 first |
+| tpu | up to 64 tokens, weights with scales of groups | weights | XLA writes the scales as large as the weight, in float32 |
+| tpu | others | plain | XLA reads codes as they are stored, inside the product; integer products are its own |
+| others | all | plain | no kernel is written |
+
+What XLA for TPUs does is seen in compiled programs (`tests/kernels/test_kernels_compile.py`), not in times.
 """
 
 import functools
@@ -18,8 +27,9 @@ from lmeff.core.dims import contracted, split_einsum
 from lmeff.core.numerics import QFormat, QTensor, dequantize, is_qtensor, pair
 from lmeff.kernels.blocks import blocked_product
 from lmeff.kernels.matrix import fits, matrices, outputs_first
+from lmeff.kernels.quantized import refusal, weight_product
 
-Form = Callable[..., jax.Array]
+Form = Callable[..., Any]
 """`(x, w, outputs_first) -> float32 [N, O]`: tokens [N, I], numbers or codes, by a packed weight [I, O], or [O, I] with `outputs_first`."""
 
 PLAIN = "plain"
@@ -77,16 +87,9 @@ def form_of(platform: str, equation: str, x: Any, w: QTensor, ways: Mapping[str,
     )
 
 
-def stored_for(platform: str, tree: Any) -> Any:
-    """Packed leaves as a platform's forms read them best: on CPUs two codes of at most 4 bits a byte. Outside of jit, once: what is served many times."""
-    if platform != "cpu":
-        return tree
-    paired = jax.jit(pair)
-
-    def leaf(x: Any) -> Any:
-        return paired(x) if is_qtensor(x) and _pairs(x) else x
-
-    return jax.tree.map(leaf, tree, is_leaf=is_qtensor)
+def stored_for(platform: str, t: QTensor) -> QTensor:
+    """A packed tensor as the platform's forms read it best: on CPUs two codes of at most 4 bits a byte. Outside of jit, for what is then used many times."""
+    return jax.jit(pair)(t) if platform == "cpu" and _pairs(t) else t
 
 
 def _pairs(t: QTensor) -> bool:
@@ -116,13 +119,39 @@ def _on_cpu(product: Product) -> str:
     return "blocks" if product.tokens <= FEW_ON_CPU or product.paired else PLAIN
 
 
+def _on_tpu(product: Product) -> str:
+    group = product.weights.group
+    if group is None or product.activations is not None or product.tokens > FEW_ON_TPU:
+        return PLAIN
+    if product.weights.is_float:
+        return plain(f"tpu: no kernel is written for groups of {product.weights}")
+    why = refusal(product.tokens, product.inputs, product.outputs_first, group)
+    return "weights" if why is None else plain(f"tpu: {why}")
+
+
 def _blocks(x: Any, w: QTensor, outputs_first: bool) -> jax.Array:
     """Codes are multiplied as the numbers they stand for: integer products are slower on CPUs, and these are the same but for the rounding of sums."""
     return blocked_product(dequantize(x) if is_qtensor(x) else x, w, outputs_first)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _weights(x_NI: jax.Array, w: QTensor, outputs_first: bool) -> jax.Array:
+    """The kernel, with a gradient for tokens. Packed weights are not trained and have none."""
+    return weight_product(x_NI, w, outputs_first)
+
+
+def _weights_backward(outputs_first: bool, saved: Any, g_NO: jax.Array) -> Any:
+    w, like = saved
+    values = dequantize(w).astype(like.dtype)
+    g_NI = jnp.einsum("NO,OI->NI" if outputs_first else "NO,IO->NI", g_NO.astype(like.dtype), values)
+    return g_NI.astype(like.dtype), None
+
+
+_weights.defvjp(lambda x, w, outputs_first: (_weights(x, w, outputs_first), (w, x[:0])), _weights_backward)
+
 FEW_ON_CPU = 16
+FEW_ON_TPU = 64
 
-RULES: dict[str, Callable[[Product], str]] = {"cpu": _on_cpu}
+RULES: dict[str, Callable[[Product], str]] = {"cpu": _on_cpu, "tpu": _on_tpu}
 
-FORMS: dict[str, Form | None] = {PLAIN: None, "blocks": _blocks}
+FORMS: dict[str, Form | None] = {PLAIN: None, "blocks": _blocks, "weights": _weights}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-LANES = 128  # of a vector register: the last dim of a tile
+SUBLANES, LANES = 8, 128  # of a vector register of 32-bit numbers: the last two dims of a tile
 
 
 class Blocks(NamedTuple):

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from lmeff.core.dims import contracted, split_einsum
 from lmeff.core.numerics import QTensor, is_qtensor
+from lmeff.kernels import table
 from lmeff.kernels.table import FORMS, form_of, packed_product, plain
 from lmeff.parallel.mesh import WHOLE, Layout, names
 
@@ -37,6 +38,15 @@ def packed_on(layout: Layout, equation: str, x: Any, w: QTensor) -> jax.Array | 
     # A Pallas kernel does not say what its results vary over.
     checked = layout.platform != "tpu"
     return layout.on_parts(local, parts, P(*(cuts[c] or None for c in out)), checked=checked)(x, w)
+
+
+def stored_for(layout: Layout, params: Any) -> Any:
+    """Parameters with packed leaves as the forms of one device read them best; on several devices as they lie."""
+    if not layout.single:
+        return params
+    return jax.tree.map(
+        lambda x: table.stored_for(layout.platform, x) if is_qtensor(x) else x, params, is_leaf=is_qtensor
+    )
 
 
 def cuts_of(layout: Layout, equation: str, x: Any, w: QTensor) -> dict[str, Axes]:

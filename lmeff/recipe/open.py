@@ -16,7 +16,6 @@ from lmeff.config.loads import Loaded, describe, is_huggingface, kept
 from lmeff.config.validate import check_cuts, shapes
 from lmeff.core.errors import CheckpointError, ConfigError
 from lmeff.core.numerics import QFormat, is_qtensor, parse_format, quantize
-from lmeff.core.ops import FLOATING
 from lmeff.core.precision import Policy, parse
 from lmeff.core.specs import ParamSpec
 from lmeff.core.tree import Tree, flatten, unflatten
@@ -24,7 +23,6 @@ from lmeff.data import pretrained
 from lmeff.data.shards import open_tokenizer
 from lmeff.data.tokenizer import Tokenizer
 from lmeff.infer.served import Served
-from lmeff.interop import compressed_load
 from lmeff.interop.model_folder import TOKENIZER, is_model_folder
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import Layout, MeshPlan, make_layout, shardings
@@ -100,11 +98,7 @@ def _open_folder(path: Path, layout: Layout, policy: Policy | None) -> OpenModel
     from_there = describe(path)
     check_cuts(layout.plan.sequence, from_there.cfg, dict(layout.mesh.shape), str(path))
     policy = policy or _policy(stored_dtype(path), layout)
-    numerics = FLOATING
-    if not is_model_folder(path) and compressed_load.is_compressed(path):
-        cfg, params, numerics = compressed_load.load(path, layout, policy.params)
-    else:
-        cfg, params = load_weights(path, layout, policy.params)
+    cfg, params, numerics = load_weights(path, layout, policy.params)
     place = path / TOKENIZER if is_model_folder(path) else path
     tokenizer = pretrained.load_tokenizer(place) if place.is_dir() and pretrained.holds_one(place) else None
     if tokenizer is not None:

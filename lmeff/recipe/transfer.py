@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lmeff.config.loads import is_huggingface
+from lmeff.config.loads import is_compressed, is_huggingface
 from lmeff.core.errors import CheckpointError, ConfigError
 from lmeff.core.files import refuse_existing
 from lmeff.core.numerics import is_qtensor, materialize
@@ -41,6 +41,10 @@ class Foreign(NamedTuple):
 def foreign(source: Path) -> Foreign:
     """What lies at `source`, without its weights; raises `CheckpointError` where it is no model that can be imported."""
     if source.is_dir() and is_huggingface(source):
+        if is_compressed(source):
+            raise ConfigError(
+                f"{source}: its weights are packed (compressed-tensors), expected plain ones to import; every command takes this folder as it is"
+            )
         found = hf.details(source)
         return Foreign(
             cfg=hf.read_config(source),
@@ -81,13 +85,11 @@ def export_model(
     *,
     artifact: str | None = None,
     format: str = "hf",
-    weights: str | None = None,
     dtype: Any = None,
+    weights: str | None = None,
     pretokenizer: str | None = None,
 ) -> dict[str, Any]:
     """Writes a model for others to read, complete or not at all; gives what was written as a JSON-able object.
-
-    weights: quantizes it first, as `open_model` does.
 
     Raises `ConfigError` for a format that does not exist or has no words for the model, `CheckpointError` where `out` exists.
     """
@@ -98,7 +100,8 @@ def export_model(
     with tempfile.TemporaryDirectory(prefix="lmeff-") as folder:
         files = tokenizer_files(path, opened.tokenizer, Path(folder))
         family = WRITERS[format](opened, out, files, Choice(dtype, pretokenizer))
-    left_out = [] if format == COMPRESSED else sorted({site for site, _ in opened.served.numerics.activations})
+    kept = format == "compressed-tensors"
+    left_out = [] if kept else sorted({site for site, _ in opened.served.numerics.activations})
     return {
         "model": str(out),
         "source": opened.source,
@@ -132,50 +135,47 @@ class Choice(NamedTuple):
     pretokenizer: str | None = None
 
 
+def _write_hf(opened: OpenModel, out: Path, files: Sequence[Path], choice: Choice) -> str:
+    """Packed weights are written as the numbers they stand for."""
+    params = opened.served.params
+    if is_packed(params):
+        params = jax.jit(materialize)(params)
+    return hf.export(opened.served.cfg, params, out, tokenizer_files=files, **_told(opened, choice, "hf")).name
+
+
 def _write_compressed(opened: OpenModel, out: Path, files: Sequence[Path], choice: Choice) -> str:
-    """Packed weights as they are, and the formats of what enters them."""
-    _refuse_pretokenizer(choice, COMPRESSED)
+    """Codes and scales as they are, with the formats of activations."""
     served = opened.served
-    found = compressed_folder.export(
+    if not is_packed(served.params):
+        raise ConfigError(
+            f"--format compressed-tensors: {opened.source} holds no packed weights, expected some; pack them on the way with --weights, such as int4/g128, "
+            "or name an artifact of a stage that exports"
+        )
+    told = _told(opened, choice, "compressed-tensors")
+    return compressed_folder.export(
         served.cfg,
         served.params,
         out,
-        family=_family(opened),
         numerics=served.numerics,
         ranges=served.ranges,
         tokenizer_files=files,
-        dtype=choice.dtype,
-        keep=_kept(opened),
-    )
-    return found.name
+        **told,
+    ).name
 
 
-def _family(opened: OpenModel) -> str | None:
-    return opened.family if opened.family in FAMILIES else None
+def is_packed(params: Any) -> bool:
+    """Whether some leaf is."""
+    return any(is_qtensor(x) for x in jax.tree.leaves(params, is_leaf=is_qtensor))
 
 
-def _kept(opened: OpenModel) -> Mapping[str, Any]:
-    return opened.keep or ({} if opened.tokenizer is None else special_ids(opened.tokenizer))
-
-
-def _refuse_pretokenizer(choice: Choice, format: str) -> None:
+def _told(opened: OpenModel, choice: Choice, format: str) -> dict[str, Any]:
+    """What a Hugging Face folder is told besides the weights."""
     if choice.pretokenizer is not None:
         raise ConfigError(
             f"--pretokenizer: got '{choice.pretokenizer}' for the format {format}, expected it with gguf alone"
         )
-
-
-def _write_hf(opened: OpenModel, out: Path, files: Sequence[Path], choice: Choice) -> str:
-    """Packed weights are written as the numbers they stand for."""
-    _refuse_pretokenizer(choice, "hf")
-    params = opened.served.params
-    if any(is_qtensor(x) for x in jax.tree.leaves(params, is_leaf=is_qtensor)):
-        params = jax.jit(materialize)(params)
-    family, keep = _family(opened), _kept(opened)
-    found = hf.export(
-        opened.served.cfg, params, out, family=family, tokenizer_files=files, dtype=choice.dtype, keep=keep
-    )
-    return found.name
+    keep = opened.keep or ({} if opened.tokenizer is None else special_ids(opened.tokenizer))
+    return {"family": opened.family if opened.family in FAMILIES else None, "keep": keep, "dtype": choice.dtype}
 
 
 def _write_gguf(opened: OpenModel, out: Path, files: Sequence[Path], choice: Choice, *, kind: str) -> str:
@@ -197,11 +197,9 @@ def _write_gguf(opened: OpenModel, out: Path, files: Sequence[Path], choice: Cho
     return f"gguf {kind}"
 
 
-COMPRESSED = "compressed-tensors"
-
 # Each writes a model in its format and gives what it was written as.
 WRITERS: dict[str, Callable[[OpenModel, Path, Sequence[Path], Choice], str]] = {
     "hf": _write_hf,
-    COMPRESSED: _write_compressed,
+    "compressed-tensors": _write_compressed,
     **{f"gguf-{kind.lower()}": functools.partial(_write_gguf, kind=kind) for kind in gguf.TYPES},
 }
