@@ -1,4 +1,4 @@
-"""The command line: `lmeff run | train | eval | import | export | plan | report | config show | schedule | doctor`.
+"""The command line: `lmeff run | train | eval | generate | import | export | bench | plan | report | config show | schedule | doctor`.
 
 Logs go to stderr under `--json`, which leaves one JSON object on stdout.
 Exit codes: 0 ok, 2 usage, 3 config, 4 data, 5 checkpoint, 6 does not fit, 1 anything else.
@@ -15,7 +15,9 @@ import tyro
 from rich.console import Console
 
 from lmeff import __version__
+from lmeff.commands.bench import Bench, time_inference
 from lmeff.commands.evaluate import Eval, evaluate_models
+from lmeff.commands.generate import Generate, write_text
 from lmeff.commands.show import (
     Doctor,
     MakeReport,
@@ -43,8 +45,10 @@ COMMANDS: dict[str, tuple[type, Callable[..., Json]]] = {
     "run": (Run, run_recipe),
     "train": (Train, train_stage),
     "eval": (Eval, evaluate_models),
+    "generate": (Generate, write_text),
     "import": (Import, import_one),
     "export": (Export, export_one),
+    "bench": (Bench, time_inference),
     "plan": (Plan, plan),
     "report": (MakeReport, make_report),
     "config": (ShowConfig, show_config),
@@ -55,8 +59,10 @@ Command = (
     Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Import, tyro.conf.subcommand("import")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[MakeReport, tyro.conf.subcommand("report")]
     | Annotated[ShowConfig, tyro.conf.subcommand("config")]

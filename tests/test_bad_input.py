@@ -98,6 +98,18 @@ OPTIONS = {
     "unknown source": (["--data.source", "texts"], 3, ["source", "'texts'", "text"]),
     "path that is not there": (["--data.path", "/nowhere/at/all.txt"], 4, ["/nowhere/at/all.txt"]),
     "too little text": (["--data.max-bytes", "500"], 4, ["too little text", "max_bytes"]),
+    "a tokenizer that is none": (["--data.tokenizer", "words"], 3, ["data.tokenizer", "'words'", "bpe"]),
+    "a tokenizer that is not there": (
+        ["--data.tokenizer", "/no/tokenizer.json"],
+        3,
+        ["data.tokenizer", "/no/tok", "does not exist"],
+    ),
+    "start and load": (["--recipe.packed.load", "/no/model"], 3, ["'packed'", "both start and load"]),
+    "a model that is not there": (
+        ["--recipe.teacher.load", "/no/model"],
+        3,
+        ["'teacher'.load", "/no/model", "holds no model"],
+    ),
     "unknown option": (["--mesh.tensr", "2"], 2, ["--mesh.tensor"]),
     "not a number": (["--train.steps", "many"], 2, ["--train.steps", "many"]),
 }
@@ -106,6 +118,7 @@ OPTIONS = {
 RECIPES = {
     "no such start": ('Stage(name="a", start="b"),', ["'b'", "earlier stage"]),
     "a name twice": ('Stage(name="a"), Stage(name="a"),', ["'a'", "twice"]),
+    "shape of a model that is loaded": ('Stage(name="a", load="x", model=MODEL),', ["both load and model"]),
     "shape of a start": ('Stage(name="a"), Stage(name="b", start="a", model=MODEL),', ["both start and model"]),
     "training integers": (
         'Stage(name="a", compress=(Quantize(),), export=True), Stage(name="b", start="a", steps=2),',
@@ -287,7 +300,9 @@ def test_config_show_tells_origins(text, tmp_path):
 
 
 def test_config_show_tells_where_parameters_lie(text, tmp_path, monkeypatch):
-    monkeypatch.setattr("lmeff.commands.show.simulate_devices", lambda count: None)  # this process has its eight already
+    monkeypatch.setattr(
+        "lmeff.commands.show.simulate_devices", lambda count: None
+    )  # this process has its eight already
     config = write_config(tmp_path, text)
     shown = lmeff_json("config", "show", config, "--devices", "8", "--mesh.fsdp", "8", "--train.batch", "8")
     rows = {row["path"]: row for row in shown["leaves"]["teacher"]}

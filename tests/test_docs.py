@@ -1,5 +1,6 @@
 """The documentation is true: its code runs, and the files and commands it names exist."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import tyro
 
-from lmeff.cli import Command
+from lmeff.cli import COMMANDS, Command
 from lmeff.compress.base import LeafTransform, State, per_leaf
 from lmeff.compress.config import KINDS
 from lmeff.config.overrides import resolve
@@ -20,9 +21,11 @@ from lmeff.core.tree import flatten
 from lmeff.models.config import PRESETS
 from lmeff.models.transformer import param_specs
 from lmeff.plan.command import check, choose, target
+from lmeff.recipe.transfer import import_model
+from tests.recipe.pretrained_model import CFG, write_huggingface
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/extend.md", "docs/plan.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/extend.md", "docs/plan.md", "docs/models.md")
 
 
 def blocks(page):
@@ -86,6 +89,35 @@ def test_every_plan_that_is_shown_can_be_asked_for(line, monkeypatch):
     chosen, found = choose(command, experiment, where)
     assert chosen in found
     assert chosen.devices == where.devices
+
+
+def commands(page):
+    """Every line of a page's blocks that begins with the command, without its comment."""
+    shown = re.findall(r"^```\n(.*?)```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    return [
+        line.partition(" # ")[0].strip() for block in shown for line in re.findall(r"^lmeff .*", block, re.MULTILINE)
+    ]
+
+
+@pytest.mark.parametrize("line", sorted({*commands("README.md"), *commands("docs/models.md")}))
+def test_every_command_that_is_shown_is_one(line):
+    words = shlex.split(line)[1:]
+    command, unknown = tyro.cli(Command, args=words, return_unknown_args=True)
+    assert words[0] in COMMANDS
+    assert isinstance(command, COMMANDS[words[0]][0])
+    assert not unknown or words[0] in ("run", "train", "eval", "plan"), unknown  # which take settings of a config
+
+
+def test_the_page_on_models_has_a_config_that_loads_one(tmp_path, monkeypatch):
+    (config,) = blocks("docs/models.md")
+    namespace = {}
+    exec(compile(config, "docs/models.md", "exec"), namespace)
+    monkeypatch.chdir(tmp_path)
+    write_huggingface(tmp_path / "hf", cfg=dataclasses.replace(CFG, context=512))
+    import_model(tmp_path / "hf", tmp_path / "models/qwen3")
+    shapes = validate(namespace["experiment"](), jax.device_count())
+    assert shapes.keys() == {"teacher", "qat", "packed"}
+    assert {cfg.width for cfg in shapes.values()} == {CFG.width}
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -5,24 +5,30 @@ PYTHONPATH=. python experiments/import_memory/run.py [--layers 16] [--cases NAME
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lmeff.core.tree import flatten
-from lmeff.interop.tensors import Tensors, open_tensors, write_tensors
+from lmeff.core.tree import unflatten
+from lmeff.interop import hf
+from lmeff.interop.config_json import choose, text_of
+from lmeff.interop.stored import named, pieces, read_part, stored_shape
+from lmeff.interop.tensors import Tensors, TensorWriter, open_tensors
 from lmeff.models.config import ModelConfig
+from lmeff.parallel.mesh import MeshPlan, make_layout
 
-BF16 = np.dtype(ml_dtypes.bfloat16)
+BF16 = np.dtype(jnp.bfloat16)
 MIB = 2**20
+SHARD_BYTES = 500_000_000
 
 
 def model(layers: int) -> ModelConfig:
@@ -30,78 +36,30 @@ def model(layers: int) -> ModelConfig:
     return ModelConfig(vocab=32_000, width=2048, layers=layers, heads=32, kv_heads=32, ffn=5632, tied=False)
 
 
-def stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A tensor of this leaf as Hugging Face stores it: matrices [out, in]."""
-    if path.endswith("wo"):
-        return (shape[-1], int(np.prod(shape[:-1])))
-    return (int(np.prod(shape[1:])), shape[0]) if len(shape) > 1 and path != "embed/table" else shape
-
-
-def tensor_shapes(leaves: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the checkpoint, by leaf and layer."""
-    found = {}
-    for path, spec in leaves.items():
-        own = stored_shape(path, spec.shape[spec.stacked :])
-        found |= {f"{path}.{i}": own for i in range(spec.shape[0])} if spec.stacked else {path: own}
-    return found
-
-
-def make(folder: Path, leaves: dict[str, Any]) -> int:
-    """Writes it with random bits of finite numbers; gives its bytes."""
-    import jax
-
+def make(cfg: ModelConfig, folder: Path) -> int:
+    """Writes a Hugging Face folder of this shape with random bits of finite numbers; gives the bytes of its tensors."""
     rng = np.random.default_rng(0)
-    specs = {name: jax.ShapeDtypeStruct(shape, BF16) for name, shape in tensor_shapes(leaves).items()}
-    write_tensors(
-        folder,
-        specs,
-        lambda name: rng.integers(0x3C00, 0x3F00, specs[name].shape, np.uint16).view(BF16),
-        shard_bytes=500_000_000,
-    )
-    return sum(int(np.prod(spec.shape)) * 2 for spec in specs.values())
+    family = choose(cfg, "llama", folder)
+    leaves = hf.located(family, cfg, family.prefixes[0])
+    found = pieces({path: (spec.letters, stored) for path, (spec, stored) in leaves.items()}, hf.sizes_of(cfg))
+    shapes = {name: stored_shape(parts[0].stored, hf.sizes_of(cfg)) for name, parts in found.items()}
+    specs = {name: jax.ShapeDtypeStruct(shape, BF16) for name, shape in shapes.items()}
+    with TensorWriter(folder, specs, shard_bytes=SHARD_BYTES) as writer:
+        for name, shape in shapes.items():
+            writer.write(name, rng.integers(0x3C00, 0x3F00, shape, np.uint16).view(BF16))
+        (writer.folder / "config.json").write_text(text_of(family, cfg, "bfloat16", {}, folder))
+    return sum(math.prod(shape) * BF16.itemsize for shape in shapes.values())
 
 
-def reader(tensors: Tensors, path: str, shape: tuple[int, ...]) -> Callable[..., np.ndarray]:
-    """A leaf's part out of [out, in]."""
-
-    def read(index: tuple[slice, ...], *layer: int) -> np.ndarray:
-        name = ".".join((path, *map(str, layer)))
-        if len(shape) < 2 or path == "embed/table":
-            return tensors.read(name, index)
-        if len(shape) == 2:
-            return tensors.read(name, index[::-1]).T
-        if path.endswith("wo"):
-            h, c, d = index
-            head = slice(h.start * shape[1], h.stop * shape[1])
-            return tensors.read(name, (d, head)).reshape(d.stop - d.start, -1, shape[1])[:, :, c].transpose(1, 2, 0)
-        d, h, c = index
-        head = slice(h.start * shape[2], h.stop * shape[2])
-        return tensors.read(name, (head, d)).reshape(-1, shape[2], d.stop - d.start)[:, c].transpose(2, 0, 1)
-
-    return read
-
-
-def placed(tensors: Tensors, path: str, spec: Any, sharding: Any) -> Any:
-    """A leaf as lmeff imports it."""
-    from lmeff.interop.place import place_leaf
-
-    shape = spec.shape[spec.stacked :]
-    outer = {"wo": 2}.get(path[-2:], 1 if len(shape) > 1 and path != "embed/table" else 0)
-    read = reader(tensors, path, shape)
-    return place_leaf(spec.shape, BF16, sharding, read, stacked=int(spec.stacked), outer=outer)
-
-
-def stacked(tensors: Tensors, path: str, spec: Any, sharding: Any) -> Any:
+def stacked(tensors: Tensors, spec: Any, stored: Any, cfg: ModelConfig, layout: Any) -> Any:
     """The plain way to compare with: each layer turned around, `np.stack`, `jax.device_put`."""
-    import jax
-
-    shape = spec.shape[spec.stacked :]
-    read = reader(tensors, path, shape)
-    whole = tuple(slice(0, n) for n in shape)
-    if not spec.stacked:
-        return jax.device_put(np.ascontiguousarray(read(whole)), sharding)
-    layers = [np.ascontiguousarray(read(whole, layer)) for layer in range(spec.shape[0])]
-    return jax.device_put(np.stack(layers), sharding)
+    sizes, count = hf.sizes_of(cfg), len(stored.stacks(spec.letters))
+    whole = tuple(slice(0, n) for n in spec.shape[count:])
+    layers = [
+        np.ascontiguousarray(read_part(tensors, stored, spec.letters, sizes, named(stored, spec.letters, at), whole))
+        for at in np.ndindex(*spec.shape[:count])
+    ]
+    return jax.device_put(np.stack(layers).reshape(spec.shape), layout.sharding(spec.letters, spec.shape))
 
 
 def memory(field: str) -> int:
@@ -115,48 +73,39 @@ def forget() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(layers: int, folder: Path, mesh: dict[str, int], how: str) -> dict[str, Any]:
+def measure(folder: Path, mesh: dict[str, Any], how: str) -> dict[str, Any]:
     """In a process of its own: imports leaf by leaf, and notes how far memory rose above what there was at first and the arrays so far."""
-    import jax
-
-    from lmeff.interop.place import fetch_tensor
-    from lmeff.models.transformer import param_specs
-    from lmeff.parallel.mesh import MeshPlan, make_layout
-
-    layout = make_layout(MeshPlan(**mesh))
-    leaves = flatten(param_specs(model(layers)))
-    tensors = open_tensors(folder)
+    layout, cfg, tensors = make_layout(MeshPlan(**mesh)), hf.read_config(folder), open_tensors(folder)
+    family = choose(cfg, "llama", folder)
     jax.block_until_ready(jax.device_put(np.zeros(8), layout.replicated))
     start, arrays, over, found, begin = memory("VmRSS"), 0, {}, {}, time.perf_counter()
-    for path, spec in leaves.items():
+    for path, (spec, stored) in hf.located(family, cfg, family.prefixes[0]).items():
         forget()
-        place = placed if how == "placed" else stacked
-        found[path] = jax.block_until_ready(place(tensors, path, spec, layout.sharding(spec.letters, spec.shape)))
+        if how == "placed":
+            found[path] = hf.read_leaf(tensors, spec, stored, cfg, layout, None)
+        else:
+            found[path] = stacked(tensors, spec, stored, cfg, layout)
+        jax.block_until_ready(found[path])
         arrays = sum(shard.data.nbytes for x in found.values() for shard in x.addressable_shards)
         over[path] = memory("VmHWM") - start - arrays
     seconds = time.perf_counter() - begin
-    largest = max(x.nbytes for x in found.values())
-    settled = memory("VmRSS") - start - arrays
     worst = max(over, key=lambda path: over[path])
-    row = {"how": how, "mesh": mesh, "arrays": arrays, "largest_leaf": largest, "worst_leaf": worst}
-    row |= {"import_over": over[worst], "left_over": settled, "seconds": round(seconds, 1)}
+    row = {"how": how, "mesh": mesh, "arrays": arrays, "largest_leaf": max(x.nbytes for x in found.values())}
+    row |= {"worst_leaf": worst, "import_over": over[worst], "left_over": memory("VmRSS") - start - arrays}
     if how == "placed":
         forget()
-        specs = {
-            f"{path}.{i}": jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-            for path, x in found.items()
-            for i in range(x.shape[0])
-            if leaves[path].stacked
-        }
         with tempfile.TemporaryDirectory(dir=folder.parent) as out:
-            write_tensors(
-                Path(out) / "m", specs, lambda n: fetch_tensor(found[n.rpartition(".")[0]], int(n.rpartition(".")[2]))
-            )
-        row["export_over"] = memory("VmHWM") - start - arrays
-    return row
+            hf.export(cfg, unflatten(found), Path(out) / "m", family="llama", shard_bytes=SHARD_BYTES)
+            row["export_over"] = memory("VmHWM") - start - arrays
+            row["same_bytes_again"] = _same(tensors, open_tensors(Path(out) / "m"))
+    return row | {"seconds": round(seconds, 1)}
 
 
-CASES: dict[str, tuple[str, int, dict[str, int]]] = {
+def _same(a: Tensors, b: Tensors) -> bool:
+    return set(a) == set(b) and all(a.read(name).tobytes() == b.read(name).tobytes() for name in a)
+
+
+CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "one device": ("placed", 1, {}),
     "fsdp 4 x tensor 2": ("placed", 8, {"fsdp": 4, "tensor": 2}),
     "one device, np.stack": ("stacked", 1, {}),
@@ -173,16 +122,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure:
         how, _, mesh = CASES[args.measure[0]]
-        print(json.dumps(measure(args.layers, Path(args.measure[1]), mesh, how)))
+        print(json.dumps(measure(Path(args.measure[1]), mesh, how)))
         return
-    from lmeff.models.transformer import param_specs
-
     with tempfile.TemporaryDirectory() as home:
-        size = make(Path(home) / "m", flatten(param_specs(model(args.layers))))
+        size = make(model(args.layers), Path(home) / "m")
         print(f"checkpoint: {size / MIB:,.0f} MiB", flush=True)
         print("case | largest leaf, MiB | import, over arrays | of the largest leaf | left after | export | seconds")
         for case in args.cases:
-            row = {"case": case, "checkpoint": size, **_child(args.layers, case, Path(home) / "m")}
+            row = {"case": case, "checkpoint": size, **_child(case, Path(home) / "m")}
             mib = {key: round(row[key] / MIB, 1) for key in ("largest_leaf", "import_over", "left_over")}
             share = row["import_over"] / row["largest_leaf"]
             export = f"{row['export_over'] / MIB:.1f}" if "export_over" in row else "-"
@@ -193,10 +140,10 @@ def main() -> None:
                     file.write(json.dumps(row) + "\n")
 
 
-def _child(layers: int, case: str, folder: Path) -> dict[str, Any]:
+def _child(case: str, folder: Path) -> dict[str, Any]:
     devices = CASES[case][1]
     flags = f"--xla_force_host_platform_device_count={devices}"
-    command = [sys.executable, __file__, "--layers", str(layers), "--measure", case, str(folder)]
+    command = [sys.executable, __file__, "--measure", case, str(folder)]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])

@@ -114,7 +114,7 @@ def bench(
         raise UsageError(f"bench: got '{kind}', expected one of {', '.join(KINDS)}")
     if not variants:
         raise UsageError("bench: got no format, expected at least one")
-    length = shape.context + (shape.tokens if kind == "decode" else 0)
+    length = shape.context + shape.tokens  # of both kinds, so that they share programs
     engines = {
         name: make_engine(own.served, batch=shape.batch, length=length, cache=own.cache)
         for name, own in variants.items()

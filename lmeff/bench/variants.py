@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from lmeff.compress.config import MATRICES
 from lmeff.core.errors import UsageError
@@ -34,7 +35,8 @@ def make_variants(served: Served, formats: Sequence[str]) -> dict[str, Variant]:
 
     A float ("f32", "bf16") is the dtype of weights and arithmetic. A packed format leaves arithmetic and all other weights as `served` has them, and packs the
     matrices of the blocks and an untied head; "+table" packs a tied table, too, which is the head. "@" says how keys and values are kept; without it
-    they have the dtype of arithmetic. Raises `UsageError` for a text that is none of these, or for weights that are packed already.
+    they are in float32 under arithmetic in float32, else in bfloat16.
+    Raises `UsageError` for a text that is none of these, or for weights that are packed already.
     """
     if twice := sorted({text for text in formats if list(formats).count(text) > 1}):
         raise UsageError(f"formats: {', '.join(twice)} is given twice, expected each once")
@@ -57,7 +59,8 @@ def make_variant(served: Served, text: str) -> Variant:
         made = in_dtype(served, DTYPES[weights])
     else:
         made = in_format(served, weights, table=bool(table))
-    kept = parse_cache(cache) if cache else CacheFormat(numbers=jax.numpy.dtype(made.policy.compute).name)
+    plain = CacheFormat(numbers="float32" if made.policy.compute == jnp.float32 else "bfloat16")
+    kept = parse_cache(cache) if cache else plain
     return Variant(made, kept)
 
 

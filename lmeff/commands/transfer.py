@@ -46,10 +46,14 @@ class Export:
 
     Attributes:
         path: the folder of a run, a model folder, or a Hugging Face folder.
-        out: the folder to write; it must not exist.
+        out: the folder (or, for gguf, the file) to write; it must not exist.
         artifact: of a run, by name; the last that is done where none is named.
-        format: hf is a Hugging Face folder that transformers opens; packed weights are written as the numbers they stand for.
+        format: hf is a Hugging Face folder that transformers opens, packed weights as the numbers they stand for; compressed-tensors is one with codes and
+            scales, which vLLM reads, too; gguf-q8_0, gguf-q4_0, gguf-f16, gguf-bf16 and gguf-f32 are a file for llama.cpp, whose packed weights keep
+            their codes where its blocks can.
+        weights: pack the blocks' matrices on the way, such as int8 or int4/g128.
         dtype: of the weights in the files, such as bfloat16; as they are where none is named.
+        pretokenizer: for gguf, llama.cpp's name for how a byte-level tokenizer cuts text, such as llama-bpe or qwen2, where the model's kind does not say.
         json: print one JSON object on stdout.
     """
 
@@ -57,7 +61,9 @@ class Export:
     out: tyro.conf.Positional[Path]
     artifact: str | None = None
     format: str = "hf"
+    weights: str | None = None
     dtype: str | None = None
+    pretokenizer: str | None = None
     json: tyro.conf.FlagCreatePairsOff[bool] = False
 
 
@@ -89,7 +95,13 @@ def export_one(command: Export, overrides: Sequence[str], console: Console) -> J
     refuse_unknown(overrides, "export")
     jax.config.update("jax_platforms", "cpu")  # weights only pass through
     answer = export_model(
-        command.path, command.out, artifact=command.artifact, format=command.format, dtype=dtype_of(command.dtype)
+        command.path,
+        command.out,
+        artifact=command.artifact,
+        format=command.format,
+        dtype=dtype_of(command.dtype),
+        weights=command.weights,
+        pretokenizer=command.pretokenizer,
     )
     told = f"{answer['source']}: written to {command.out} as {answer['format']} ({answer['family']})"
     console.print(told, highlight=False, soft_wrap=True)

@@ -128,12 +128,15 @@ def check_resume(experiment: Experiment, directory: Path) -> None:
 
 
 def _comparable(experiment: Experiment, stages: set[str]) -> dict[str, Any]:
-    """The settings that must not change, of the stages that both configs have."""
+    """The settings that must not change, of the stages that both configs have. Where a model is loaded from may change, if it is the same (`loads`)."""
 
     def counts(path: str) -> bool:
         return not path.startswith(FREE) and (not path.startswith("recipe.") or path.split(".")[1] in stages)
 
-    return {path: value for path, value in flat_values(experiment) if counts(path)}
+    def comparable(path: str, value: Any) -> Any:
+        return value is not None if path.startswith("recipe.") and path.endswith(".load") else value
+
+    return {path: comparable(path, value) for path, value in flat_values(experiment) if counts(path)}
 
 
 def _told(values: Mapping[str, Any], path: str) -> str:

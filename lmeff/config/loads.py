@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from lmeff.config.schema import Experiment, Stage
 from lmeff.core.errors import CheckpointError, ConfigError, UserError
 from lmeff.core.files import write_text
-from lmeff.interop import hf
+from lmeff.interop import compressed_load, hf
 from lmeff.interop.model_folder import identity as folder_identity
 from lmeff.interop.model_folder import is_model_folder, read_header
 from lmeff.models.config import ModelConfig, read
@@ -40,7 +40,9 @@ def describe(path: Path) -> Loaded:
         return Loaded(header.cfg, folder_identity(path), words, header.family, header.keep)
     if is_huggingface(path):
         words, told = f"{model_type(path)}, a Hugging Face folder", hf.details(path)
-        return Loaded(hf.read_config(path), huggingface_identity(path), words, told["family"], told["keep"])
+        if is_compressed(path):
+            words += " of packed weights"
+        return Loaded(read_config(path), huggingface_identity(path), words, told["family"], told["keep"])
     raise CheckpointError(
         f"{path}: holds no model, expected a folder that `lmeff import` made or a Hugging Face folder (config.json and .safetensors)"
     )
@@ -49,6 +51,16 @@ def describe(path: Path) -> Loaded:
 def is_huggingface(folder: Path) -> bool:
     """Whether it is a Hugging Face folder: its config.json names a model_type, which a run's does not."""
     return model_type(folder) is not None
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether it is a Hugging Face folder in the compressed-tensors layout."""
+    return compressed_load.is_compressed(folder)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The shape of the model in a Hugging Face folder, whatever its layout."""
+    return compressed_load.read_config(folder) if is_compressed(folder) else hf.read_config(folder)
 
 
 def model_type(folder: Path) -> str | None:
@@ -78,10 +90,20 @@ def huggingface_identity(folder: Path) -> str:
 def loads(experiment: Experiment, directory: Path) -> dict[str, Loaded]:
     """The models that stages are loaded from, by stage. directory: the run's; where a model is gone, what the run kept of it counts.
 
-    Raises `ConfigError` where there is none, or where it is another than the run began with.
+    Raises `ConfigError` where there is none.
     """
     before = kept(directory)
-    return {s.name: _loaded(s, s.load, before.get(s.name), directory) for s in experiment.recipe if s.load is not None}
+    return {s.name: _loaded(s, s.load, before.get(s.name)) for s in experiment.recipe if s.load is not None}
+
+
+def check_same(found: Mapping[str, Loaded], directory: Path) -> None:
+    """Refuses to go on with a run from other models than it began with; they may lie elsewhere."""
+    for name, before in kept(directory).items():
+        if name in found and found[name].identity != before.identity:
+            raise ConfigError(
+                f"stage '{name}'.load: holds another model than the one that the run in {directory} began from, expected the same to go on. "
+                "Put it back, choose another --name, or delete the folder to begin anew."
+            )
 
 
 def keep(found: Mapping[str, Loaded], directory: Path) -> None:
@@ -95,19 +117,13 @@ def keep(found: Mapping[str, Loaded], directory: Path) -> None:
     write_text(directory / FILE, json.dumps(values, indent=1) + "\n")
 
 
-def _loaded(stage: Stage, path: str, before: Loaded | None, directory: Path) -> Loaded:
+def _loaded(stage: Stage, path: str, before: Loaded | None) -> Loaded:
     if before is not None and not Path(path).exists():
         return before
     try:
-        found = describe(Path(path))
+        return describe(Path(path))
     except UserError as error:
         raise ConfigError(f"stage '{stage.name}'.load: {error}") from error
-    if before is not None and before.identity != found.identity:
-        raise ConfigError(
-            f"stage '{stage.name}'.load: {path} holds another model than the one that the run in {directory} began from, expected the same to go on. "
-            "Put it back, choose another --name, or delete the folder to begin anew."
-        )
-    return found
 
 
 def kept(directory: Path) -> dict[str, Loaded]:

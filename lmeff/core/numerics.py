@@ -158,6 +158,11 @@ def pair(t: QTensor) -> QTensor:
     return dataclasses.replace(t, q=(low & 0xF) | (high << 4))
 
 
+def unpaired(t: QTensor) -> QTensor:
+    """The same tensor with each code by itself."""
+    return dataclasses.replace(t, q=codes_of(t).astype(t.format.storage)) if t.paired else t
+
+
 def halves(q: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The low and the high codes of bytes, int8."""
     signed = jax.lax.bitcast_convert_type(q, jnp.int8)

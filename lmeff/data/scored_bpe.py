@@ -6,6 +6,7 @@ space of its own.
 """
 
 import heapq
+import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class ScoredBpe:
     def _characters(self, text: str) -> list[int]:
         found: list[int] = []
         for character in text:
-            raw = character.encode()
+            raw = character.encode(errors="replace")  # half of a surrogate pair is no character
             whole = self.ids.get(raw)
             found += [FIRST_BYTE + byte for byte in raw] if whole is None else [whole]
         return found
@@ -119,6 +120,8 @@ def load_scored_bpe(file: Path) -> ScoredBpe:
         while at < len(data):
             score, length = struct.unpack_from("<fi", data, at)
             at += 8
+            if not math.isfinite(score):
+                raise ValueError(f"a score of {score} before byte {at}")
             if not 0 <= length <= longest or at + length > len(data):
                 raise ValueError(f"a piece of {length} bytes at byte {at}, the longest should have {longest}")
             pieces.append(data[at : at + length])
@@ -131,6 +134,12 @@ def load_scored_bpe(file: Path) -> ScoredBpe:
     if len(pieces) < PIECES:
         raise DataError(
             f"{file}: has {len(pieces)} pieces, expected at least {PIECES}: three special ids and all bytes come first"
+        )
+    wrong = next((i for i in range(256) if pieces[FIRST_BYTE + i] != b"<0x%02X>" % i), None)
+    if wrong is not None:
+        raise DataError(
+            f"{file}: got {ascii(pieces[FIRST_BYTE + wrong])[:80]} as piece {FIRST_BYTE + wrong}, expected <0x{wrong:02X}>: bytes come in order behind three "
+            "special ids; see that it is a tokenizer.bin of llama2.c"
         )
     ids: dict[bytes, int] = {}
     for i, piece in enumerate(pieces[PIECES:], PIECES):

@@ -1,9 +1,9 @@
 """Text to ids and back: bytes, or byte-level BPE trained on the training split. `decode(encode(text)) == text` for both.
 
-Tokenizers that others made are in `pretrained.py`; a stream of ids becomes text here for all of them.
+Tokenizers that others made are in `pretrained.py`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -167,31 +167,8 @@ def prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return np.concatenate([np.asarray(tokenizer.prefix, np.int32), tokenizer.encode(text)])
 
 
-class TextStream:
-    """The text of ids that come one by one, in pieces that are whole characters.
-
-    Joined, the pieces and `rest()` are what `decode` of all ids adds to `decode` of those before. Only a window of ids is decoded each time: from the last
-    place but one where the text was whole, since a tokenizer may treat the first token of a text in another way than the others (SentencePiece's space).
-    """
-
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
-        """`before`: the ids that the stream goes on from."""
-        self._tokenizer = tokenizer
-        self._ids = [int(i) for i in before]
-        self._told = len(self._ids)  # ids whose text was given out
-
-    def add(self, i: int) -> str:
-        """The text that is whole with one more id; "" while its bytes are only the beginning of a character."""
-        self._ids.append(int(i))
-        return self._new(whole=True)
-
-    def rest(self) -> str:
-        """What was held back, with U+FFFD for characters that never became whole."""
-        return self._new(whole=False)
-
-    def _new(self, *, whole: bool) -> str:
-        old, text = self._tokenizer.decode(self._ids[: self._told]), self._tokenizer.decode(self._ids)
-        if len(text) <= len(old) or (whole and text.endswith("\ufffd")):
-            return ""
-        self._ids, self._told = self._ids[self._told :], len(self._ids) - self._told
-        return text[len(old) :]
+def continuing(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
+    """Ids to text that goes on from other text: `decode` alone takes ids for the beginning of a text, where SentencePiece leaves out a space."""
+    before = tokenizer.encode("a").tolist()
+    known = len(tokenizer.decode(before))
+    return lambda ids: tokenizer.decode([*before, *ids])[known:]

@@ -7,12 +7,13 @@ likelihoods of texts; ids, windows and scores are those of `evals.tasks` and `ev
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from lmeff.core.errors import ConfigError
 from lmeff.core.extras import require
 from lmeff.data.tokenizer import Tokenizer
-from lmeff.evals.perplexity import windows
+from lmeff.evals.perplexity import opening, windows
 from lmeff.evals.score import Row, Scorer
 from lmeff.evals.tasks import encode_pairs, likelihoods
 from lmeff.infer.generate import generate
@@ -29,8 +30,7 @@ from lm_eval.api.registry import register_model  # noqa: E402
 class HarnessModel(LM):
     """Answers what the harness asks of a model; one process and its mesh answer all requests.
 
-    bos:   begins every row with the tokenizer's `bos`, as lmeff trains.
-    cache: in which numbers keys and values are kept while text is generated.
+    cache: in which numbers keys and values are kept while text is generated; None keeps them as arithmetic has them, in float32 or bfloat16.
     """
 
     def __init__(
@@ -38,25 +38,26 @@ class HarnessModel(LM):
         scorer: Scorer,
         tokenizer: Tokenizer,
         *,
-        bos: bool = True,
-        cache: CacheFormat = CacheFormat(),  # noqa: B008 -- frozen
+        cache: CacheFormat | None = None,
     ) -> None:
         super().__init__()
-        self.scorer, self.tokens, self.bos, self.cache = scorer, tokenizer, bos, cache
+        self.scorer, self.tokens = scorer, tokenizer
+        wide = scorer.served.policy.compute == jnp.float32
+        self.cache = cache or CacheFormat(numbers="float32" if wide else "bfloat16")
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Of each (context, continuation): log-likelihood, and whether it is the greedy answer."""
         asked = [request.args for request in requests]
-        found = likelihoods(self.scorer, encode_pairs(self.tokens, asked, bos=self.bos), _places(asked))
+        found = likelihoods(self.scorer, encode_pairs(self.tokens, asked), _places(asked))
         return [self._told("loglikelihood", a, (-one.nats, one.greedy)) for a, one in zip(asked, found, strict=True)]
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """Log-likelihood of each text behind `bos`, in windows of the longest row that do not overlap but for the last, as the harness defines it."""
+        """Log-likelihood of each text, in windows of the longest row that do not overlap but for the last, as the harness defines it."""
         asked = [request.args for request in requests]
-        rows, owners = [], []
+        rows, owners, start = [], [], opening(self.tokens)
         for i, body in enumerate(self.tokens.encode_batch([text for (text,) in asked])):
-            ids = np.concatenate([[self.tokens.bos], body]).astype(np.int32)
-            for first, last, scored in windows(len(ids), self.scorer.longest, self.scorer.longest):
+            ids = np.concatenate([start, body]).astype(np.int32)
+            for first, last, scored in windows(len(ids), self.scorer.longest, self.scorer.longest, len(start)):
                 rows.append(Row(ids[first:last], scored))
                 owners.append(i)
         nats = np.zeros(len(asked))
@@ -83,7 +84,7 @@ class HarnessModel(LM):
             )
         prompts = []
         for body in self.tokens.encode_batch(list(contexts)):
-            start = [self.tokens.bos] if self.bos or not len(body) else []
+            start = self.tokens.prefix if len(body) else opening(self.tokens)
             prompts.append(np.concatenate([start, body]).astype(np.int32)[-room:])
         found = generate(
             self.scorer.served,
@@ -91,7 +92,7 @@ class HarnessModel(LM):
             max_tokens=wish.tokens,
             sampling=wish.sampling,
             cache=self.cache,
-            stop_ids=(self.tokens.eos,),
+            stop_ids=self.tokens.stops,
             stop_texts=wish.until,
             decoder=self.tokens.decode,
             batch=self.scorer.rows,
@@ -143,6 +144,6 @@ def _places(asked: Sequence[tuple[str, str]]) -> list[str]:
     return [f"request {i} ({ending!r:.40})" for i, (_, ending) in enumerate(asked)]
 
 
-def evaluate(scorer: Scorer, tokenizer: Tokenizer, tasks: list[Any], *, bos: bool = True, **options: Any) -> Any:
+def evaluate(scorer: Scorer, tokenizer: Tokenizer, tasks: list[Any], **options: Any) -> Any:
     """`lm_eval.simple_evaluate` of these tasks (names, or their configs as dicts); `options` are its own, such as `limit` and `num_fewshot`."""
-    return evaluator.simple_evaluate(model=HarnessModel(scorer, tokenizer, bos=bos), tasks=tasks, **options)
+    return evaluator.simple_evaluate(model=HarnessModel(scorer, tokenizer), tasks=tasks, **options)

@@ -77,9 +77,9 @@ class Perplexity:
         }
 
 
-def windows(count: int, window: int, stride: int) -> Iterator[Window]:
-    """Cuts a document of `count` ids, whose first is no target, into rows of at most `window` inputs."""
-    done, last = 1, min(count, window + 1)
+def windows(count: int, window: int, stride: int, start: int = 1) -> Iterator[Window]:
+    """Cuts a document of `count` ids, whose first `start` are no targets, into rows of at most `window` inputs."""
+    done, last = start, min(count, max(window, start) + 1)
     while done < count:
         yield Window(max(0, last - window - 1), last, last - done)
         done, last = last, min(count, last + stride)
@@ -94,7 +94,7 @@ def perplexity(
     stride: int | None = None,
     ends: bool = False,
 ) -> Perplexity:
-    """Of texts, each behind the tokenizer's `bos`.
+    """Of texts, each behind the ids that a prompt of this tokenizer begins with, or its `bos` where there are none.
 
     window: input tokens of a row; None takes the scorer's longest. stride: None takes half a window. ends: scores `eos` behind each document as well, as
     training does; its nats then count in bits per byte, where it has no bytes.
@@ -112,10 +112,11 @@ def perplexity(
     if not kept:
         raise DataError(f"perplexity: none of {len(texts)} documents has a token, expected text; give more of it")
     tail = [tokenizer.eos] if ends else []
+    start = opening(tokenizer)
     rows, owner = [], []
     for i in kept:
-        ids = np.concatenate([[tokenizer.bos], bodies[i], tail]).astype(np.int32)
-        for first, last, scored in windows(len(ids), window, stride):
+        ids = np.concatenate([start, bodies[i], tail]).astype(np.int32)
+        for first, last, scored in windows(len(ids), window, stride, len(start)):
             rows.append(Row(ids[first:last], scored))
             owner.append(len(rows) - 1 if len(kept) == 1 else i)
     unit, place = np.unique(owner, return_inverse=True)
@@ -133,6 +134,11 @@ def perplexity(
         stride=stride,
         ends=ends,
     )
+
+
+def opening(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What stands before the first id of a text, so that it can be a target: the tokenizer's `prefix`, or its `bos` where that is empty."""
+    return tokenizer.prefix or (tokenizer.bos,)
 
 
 def difference(found: Perplexity, baseline: Perplexity, *, samples: int = 2000) -> tuple[float, float, float]:

@@ -20,6 +20,7 @@ import numpy as np
 
 from lmeff.core.errors import DataError
 from lmeff.data.tokenizer import Tokenizer
+from lmeff.evals.perplexity import opening
 from lmeff.evals.score import Row, Scorer
 from lmeff.report.statistics import bootstrap_mean, paired_difference
 
@@ -134,14 +135,14 @@ def _texts(where: str, names: str, values: list[Any]) -> list[str]:
     return values
 
 
-def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], *, bos: bool = True) -> list[Pair]:
-    """Ids of (context, ending), split as the module says. bos: begins every row with it; an empty context is `bos` in any case."""
+def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Pair]:
+    """Ids of (context, ending), split as the module says, behind the tokenizer's `prefix`; where both that and the context are empty, behind its `bos`."""
     moved = [(context.rstrip(), context[len(context.rstrip()) :] + ending) for context, ending in pairs]
     contexts = tokenizer.encode_batch([context for context, _ in moved])
     wholes = tokenizer.encode_batch([context + ending for context, ending in moved])
     found = []
     for context, whole in zip(contexts, wholes, strict=True):
-        start = [tokenizer.bos] if bos or not len(context) else []
+        start = tokenizer.prefix if len(context) else opening(tokenizer)
         found.append(Pair(np.concatenate([start, context]).astype(np.int32), whole[len(context) :]))
     return found
 
@@ -162,13 +163,11 @@ def likelihoods(scorer: Scorer, pairs: Sequence[Pair], where: Sequence[str]) -> 
     ]
 
 
-def run_task(
-    scorer: Scorer, tokenizer: Tokenizer, items: Sequence[Item], *, delimiter: str = " ", bos: bool = True
-) -> TaskResult:
+def run_task(scorer: Scorer, tokenizer: Tokenizer, items: Sequence[Item], *, delimiter: str = " ") -> TaskResult:
     """Scores every ending of every item. delimiter: between a query and its choices; continuations stand as they are."""
     told = [(item, ending) for item in items for ending in item.endings]
     pairs = [(item.context, ending if item.gold is None else delimiter + ending) for item, ending in told]
-    found = likelihoods(scorer, encode_pairs(tokenizer, pairs, bos=bos), [item.where for item, _ in told])
+    found = likelihoods(scorer, encode_pairs(tokenizer, pairs), [item.where for item, _ in told])
     groups = list(_grouped(items, found))
     measure = _continuations if items[0].gold is None else _choices
     return TaskResult(

@@ -20,11 +20,13 @@ from lmeff.core.precision import Policy
 from lmeff.infer.served import Served
 from lmeff.models.cache import Cache, CacheFormat, cache_letters, cache_specs, empty_cache
 from lmeff.models.config import ModelConfig
+from lmeff.models.legal import check_context
 from lmeff.models.transformer import Output, forward, project
 from lmeff.parallel.mesh import BATCH_AXES, Layout
 from lmeff.parallel.packed import stored_for
 from lmeff.parallel.seam import layout_ops
 
+ROOM = 128  # what caches of generation are rounded up to, in tokens
 SHORTEST = 16  # the smallest width that prompts are padded to; the others are its doubles
 
 
@@ -84,7 +86,8 @@ class Engine(NamedTuple):
 def make_engine(served: Served, *, batch: int, length: int, cache: CacheFormat, chunk: int = 1) -> Engine:
     """Programs for `batch` rows of at most `length` tokens, prompt and all; nothing is compiled yet.
 
-    Experts take all tokens that choose them, whatever `model.moe.capacity` says: it is a part of a row's length, and a row that grows has none.
+    Experts take all tokens that choose them, whatever `model.moe.capacity` says: it is a part of a row's length, and a row that grows has none. Rotary scalings
+    that look at the row's length ("dynamic", "longrope") turn each key by what it was when the key came, as Hugging Face's caches do.
     Raises `ConfigError` for meshes that cut layers or rows, batches that do not divide, and rows longer than the model has positions for.
     """
     check_engine(served, batch, length)
@@ -97,8 +100,12 @@ def make_engine(served: Served, *, batch: int, length: int, cache: CacheFormat, 
     weights = (served.params, served.ranges)
 
     def prefill_prompts(tokens_BT: Any, lengths_B: Any) -> tuple[jax.Array, Cache]:
-        tokens_BT = padded(np.asarray(tokens_BT, np.int32), length)
-        return prefill(program, weights, tokens_BT, np.asarray(lengths_B, np.int32))
+        tokens_BT, lengths_B = np.asarray(tokens_BT, np.int32), np.asarray(lengths_B, np.int32)
+        if tokens_BT.shape[0] != batch or lengths_B.shape != (batch,) or lengths_B.max() > tokens_BT.shape[1]:
+            raise UsageError(
+                f"prefill: got tokens {list(tokens_BT.shape)} and lengths {lengths_B.tolist()}, expected {batch} rows, none longer than its tokens"
+            )
+        return prefill(program, weights, padded(tokens_BT, length), lengths_B)
 
     return Engine(
         prefill=prefill_prompts,
@@ -122,10 +129,9 @@ def check_engine(served: Served, batch: int, length: int) -> None:
     rows = layout.size(BATCH_AXES)
     if batch < 1 or batch % rows:
         raise ConfigError(f"batch: got {batch} rows, expected a multiple of {rows}, the devices that rows are cut over")
-    if length < 1 or (cfg.context is not None and length > cfg.context):
-        raise ConfigError(
-            f"length: got rows of {length} tokens, expected 1 to {cfg.context}, the positions that the model has; shorten prompt or max_tokens"
-        )
+    if length < 1:
+        raise ConfigError(f"length: got rows of {length} tokens, expected at least 1")
+    check_context(cfg, length, "prompt and max_tokens")
 
 
 def check_prompts(cfg: ModelConfig, prompts: Sequence[np.ndarray], max_tokens: int) -> None:
@@ -148,6 +154,12 @@ def rows_for(layout: Layout, rows: int) -> int:
     """So many rows or a few more, so that they divide over the mesh."""
     parts = layout.size(BATCH_AXES)
     return -(-rows // parts) * parts
+
+
+def length_for(cfg: ModelConfig, tokens: int) -> int:
+    """So many tokens or a few more, so that rows of about the same length share programs; not more than the model has positions."""
+    rounded = -(-tokens // ROOM) * ROOM
+    return max(tokens, rounded if cfg.context is None else min(rounded, cfg.context))
 
 
 def padded(tokens_BT: np.ndarray, length: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmeff.infer.engine import Engine, Program, check_prompts, decode, make_engine, rows_for
+from lmeff.infer.engine import Engine, Program, check_prompts, decode, length_for, make_engine, rows_for
 from lmeff.infer.rows import Completion, OnToken, Row, Stops, fresh_rows
 from lmeff.infer.sampling import Sampling, draw, logprob_of, row_keys
 from lmeff.infer.served import Served
@@ -45,7 +45,8 @@ def generate(
     if not prompts:
         return []
     size = rows_for(served.layout, min(batch or len(prompts), len(prompts)))
-    engine = make_engine(served, batch=size, length=max(map(len, prompts)) + max_tokens, cache=cache)
+    length = length_for(served.cfg, max(map(len, prompts)) + max_tokens)
+    engine = make_engine(served, batch=size, length=length, cache=cache)
     for first in range(0, len(prompts), size):
         _continue(engine, prompts[first : first + size], rows[first : first + size], sampling)
     return [row.completion() for row in rows]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmeff.core.errors import ConfigError
-from lmeff.infer.engine import Program, check_prompts, extend, make_engine, rows_for
+from lmeff.infer.engine import Program, check_prompts, extend, length_for, make_engine, rows_for
 from lmeff.infer.generate import first_tokens, prompt_batch
 from lmeff.infer.rows import Completion, OnToken, Row, Stops, fresh_rows
 from lmeff.infer.sampling import Sampling, draw, filtered, logprob_of, row_keys
@@ -120,8 +120,11 @@ def generate_ahead(
     if not prompts:
         return Speculated([], 0, 0, 0)
     size = rows_for(target.layout, min(batch or len(prompts), len(prompts)))
-    made = {"batch": size, "length": max(map(len, prompts)) + max_tokens, "chunk": guesses + 1}
-    engines = (make_engine(target, cache=cache, **made), make_engine(draft, cache=draft_cache or cache, **made))
+    tokens = max(map(len, prompts)) + max_tokens
+    engines = tuple(
+        make_engine(model, batch=size, length=length_for(model.cfg, tokens), cache=format, chunk=guesses + 1)
+        for model, format in ((target, cache), (draft, draft_cache or cache))
+    )
     pair = Pair(engines[0].program, engines[1].program, dataclasses.replace(sampling, seed=0), guesses)
     weights = tuple(engine.weights for engine in engines)
     seed, counts = np.uint32(sampling.seed % 2**32), np.zeros(3, int)

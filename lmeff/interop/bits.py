@@ -20,9 +20,8 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     rows, count = codes.shape
     packed = np.zeros((rows, words(count, bits) * 4), np.uint8)
     for part in _parts(rows, count):
-        stored = (codes[part].astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
-        spread = np.unpackbits(stored[..., None], axis=-1, bitorder="little")[..., :bits]
-        some = np.packbits(spread.reshape(len(stored), -1), axis=-1, bitorder="little")
+        stored = codes[part].astype(np.uint8) + np.uint8(1 << (bits - 1))  # modulo 256
+        some = _join(stored, bits)
         packed[part, : some.shape[1]] = some
     return packed.view("<i4").astype(np.int32, copy=False)
 
@@ -33,10 +32,29 @@ def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     stored = np.ascontiguousarray(packed.astype("<i4", copy=False)).view(np.uint8)
     codes = np.empty((rows, count), np.int8)
     for part in _parts(rows, count):
-        spread = np.unpackbits(stored[part], axis=-1, bitorder="little")[:, : count * bits].reshape(-1, count, bits)
-        raw = np.packbits(spread, axis=-1, bitorder="little")[..., 0]
-        codes[part] = raw.astype(np.int16) - (1 << (bits - 1))
+        codes[part] = (_split(stored[part], bits, count) - np.uint8(1 << (bits - 1))).view(np.int8)
     return codes
+
+
+def _join(stored: np.ndarray, bits: int) -> np.ndarray:
+    """Codes from 0 up as bytes."""
+    if bits == 8:
+        return stored
+    if bits == 4:
+        even = np.pad(stored, ((0, 0), (0, stored.shape[1] % 2)))
+        return even[:, ::2] | (even[:, 1::2] << 4)
+    spread = np.unpackbits(stored[..., None], axis=-1, bitorder="little")[..., :bits]
+    return np.packbits(spread.reshape(len(stored), -1), axis=-1, bitorder="little")
+
+
+def _split(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The inverse of `_join`."""
+    if bits == 8:
+        return packed[:, :count]
+    if bits == 4:
+        return np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)[:, :count]
+    spread = np.unpackbits(packed, axis=-1, bitorder="little")[:, : count * bits].reshape(-1, count, bits)
+    return np.packbits(spread, axis=-1, bitorder="little")[..., 0]
 
 
 def _parts(rows: int, count: int) -> list[slice]:

@@ -68,8 +68,10 @@ def config_of(family: Family, values: Mapping[str, Any], file: str) -> ModelConf
         if fields.get("window") is None:
             fields.pop("rope_local_theta", None)  # of layers that there are none of
         return ModelConfig(**fields)
-    except ConfigError as error:  # those of the model's own checks do not know the file
-        raise error if str(error).startswith(file) else ConfigError(f"{file}: {error}") from error
+    except ConfigError as error:
+        if str(error).startswith(file):
+            raise
+        raise ConfigError(f"{file}: {error}") from error  # the model's own checks do not know the file
 
 
 def _inner(family: Family, values: Mapping[str, Any], file: str) -> dict[str, Any]:
@@ -160,11 +162,13 @@ def choose(cfg: ModelConfig, family: str | None, where: Path) -> Family:
     missing = {each.name: unsaid(each, cfg) for each in candidates}
     nearest = min(missing, key=lambda name: (bool(missing[name]), len("; ".join(missing[name]))))
     if missing[nearest]:
-        who = (
-            f"family '{nearest}'" if family is not None else f"no family of Hugging Face's (the nearest is '{nearest}')"
+        none = (
+            f"family '{nearest}' has no"
+            if family is not None
+            else f"no family of Hugging Face's (the nearest is '{nearest}') has"
         )
         raise ConfigError(
-            f"{where}: {who} has words for {'; '.join(missing[nearest])}. Keep this model in lmeff's own format, or change it; nothing is written."
+            f"{where}: {none} words for {'; '.join(missing[nearest])}. Keep this model in lmeff's own format, or change it; nothing is written."
         )
     return FAMILIES[nearest]
 

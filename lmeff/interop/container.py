@@ -61,6 +61,8 @@ def shown(text: Any) -> str:
 
 def read_header(file: Path) -> Header:
     """Reads and checks the header of a file; raises `CheckpointError` where it and the file do not agree in every byte."""
+    if file.exists() and not file.is_file():  # to open a pipe would wait for a writer
+        refuse(file, "no regular file", "a safetensors file", "Check the path.")
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size

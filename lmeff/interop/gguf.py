@@ -24,7 +24,7 @@ import numpy as np
 
 from lmeff.core.errors import CheckpointError, ConfigError
 from lmeff.core.extras import require
-from lmeff.core.numerics import QTensor, is_qtensor
+from lmeff.core.numerics import QTensor, is_qtensor, unpaired
 from lmeff.core.specs import ParamSpec
 from lmeff.core.tree import Tree, flatten
 from lmeff.interop.gguf_architectures import ARCHITECTURES, TENSORS, architecture_of, metadata, rope_factors
@@ -69,10 +69,11 @@ def export(
     if kind not in TYPES:
         raise ConfigError(f"GGUF: got the type '{kind}', expected one of {', '.join(TYPES)}")
     architecture = architecture_of(cfg)
-    leaves, specs = flatten(params), flatten(param_specs(cfg))
+    leaves = {path: unpaired(x) if is_qtensor(x) else x for path, x in flatten(params).items()}
+    specs = flatten(param_specs(cfg))
     if unknown := sorted(leaves.keys() ^ specs.keys() | leaves.keys() - TENSORS.keys()):
         raise ConfigError(f"GGUF: got the leaf '{unknown[0]}', expected those of {architecture}: nothing is written")
-    rows = tuple(_row(path, leaf, specs[path], kind) for path, leaf in leaves.items())
+    rows = tuple(_row(path, leaves[path], spec, kind) for path, spec in specs.items())
     part = file.with_name(f".{file.name}.partial")
     writer = gguf.GGUFWriter(None, architecture)
     _add_metadata(gguf, writer, cfg, architecture, kind, name)

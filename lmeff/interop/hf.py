@@ -44,8 +44,9 @@ def details(folder: Path) -> dict[str, Any]:
     """What an export of this model should be told: its `family`, and the keys to `keep`, which change nothing here but something to its users."""
     values = read_file(folder)
     family = family_of(folder, values)
-    inner = values if family.part is None else {**values, **values[family.part[0]]}
-    return {"family": family.name, "keep": {key: inner[key] for key in IDS if inner.get(key) is not None}}
+    text = values.get(family.part[0]) if family.part is not None else None
+    ids = {**values, **(text if isinstance(text, dict) else {})}
+    return {"family": family.name, "keep": {key: ids[key] for key in IDS if ids.get(key) is not None}}
 
 
 def load(folder: Path, layout: Layout, dtype: Any = None) -> tuple[ModelConfig, dict[str, Any]]:
@@ -102,7 +103,8 @@ def export(
         for name, parts in found.items():
             value = stored_value(parts, lambda path, at: fetch_tensor(flat[path], *at), sizes_of(cfg))
             if writer is not None:
-                writer.write(name, value.astype(kinds[name]))
+                writer.write(name, value.astype(kinds[name], copy=False))
+            del value  # before the next is fetched
         if writer is not None:
             (writer.folder / NAME).write_text(text, encoding="utf-8")
             for file in files:

@@ -1,4 +1,4 @@
-"""llama2.c's model files, versions 0, 1 and 2 (https://github.com/karpathy/llama2.c, export.py, run.c, runq.c); tokenizers are in `lmeff.interop.scored_bpe`.
+"""llama2.c's model files, versions 0, 1 and 2 (https://github.com/karpathy/llama2.c, export.py, run.c, runq.c). `lmeff.data.scored_bpe` reads its tokenizers.
 
 A header of seven whole numbers, then matrices [out, in] back to back: there are no names in the file, so its size must be what the header says to the byte.
 Rotary pairs are neighbours there (channels 2i and 2i + 1) and half a head apart here: the rows of queries and keys are put in that order.
@@ -21,13 +21,10 @@ from lmeff.core.specs import ParamSpec
 from lmeff.core.tree import map_with_path
 from lmeff.interop.container import TensorInfo, refuse, refuse_other_kinds
 from lmeff.interop.place import place_leaf
-from lmeff.interop.scored_bpe import ScoredBpe, read_tokenizer
 from lmeff.interop.tensors import Tensors
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import WHOLE, Layout
-
-__all__ = ["ScoredBpe", "load", "read_file", "read_tokenizer"]
 
 MAGIC = 0x616B3432  # "ak42"
 HEADER_BYTES = 256  # of versions 1 and 2

@@ -15,6 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from lmeff.interop.strips import fill
+
 Index = tuple[slice, ...]
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each dim
 
@@ -50,11 +52,10 @@ def place_leaf(
         host = _fill(bounds, dtype, read, stacked, outer)
         for device in devices[bounds]:
             parts[device] = jax.device_put(host, SingleDeviceSharding(device, memory_kind=sharding.memory_kind))
-        jax.block_until_ready([parts[device] for device in devices[bounds]])  # sending is asynchronous and keeps `host`
+        # Sending is asynchronous, and JAX lets go of what it has sent in its next call or when Python collects: here, before the next shard is filled.
+        jax.block_until_ready([parts[device] for device in devices[bounds]])
         del host
-        gc.collect(
-            0
-        )  # JAX lets go of what it has sent in its next call or when Python collects: before the next shard is filled
+        gc.collect(0)
     return jax.make_array_from_single_device_arrays(tuple(shape), sharding, [*parts.values()], dtype=dtype)
 
 
@@ -74,7 +75,7 @@ def _fill(bounds: Bounds, dtype: Any, read: Callable[..., np.ndarray], stacked: 
             here = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(piece, own))
             expected = tuple(b - a for a, b in piece)
             assert values.shape == expected, f"read{index}: got {values.shape}, expected {expected}"
-            target[here] = values
+            fill(target[*here, ...], values)
     return host
 
 

@@ -10,17 +10,19 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from lmeff.core.errors import CheckpointError
 from lmeff.interop.container import AT_ONCE, INDEX, SINGLE, TensorInfo, code_of, format_header, nbytes_of, refuse
+from lmeff.interop.strips import fill
 
 SHARD_BYTES = 5_000_000_000
+COPY_BYTES = 16 << 20  # of a tensor whose values do not lie in order, copied at a time
 
 
 class TensorWriter:
@@ -51,7 +53,11 @@ class TensorWriter:
         self._missing = dict(specs)
         self._places: dict[str, TensorInfo] = {}
         self._lock = -1
-        if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
+        try:
+            taken = self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir()))
+        except OSError as error:
+            self._fail(error)
+        if taken:
             refuse(self.path, "something there already", "a new folder", "Choose another place, or remove it.")
 
     def __enter__(self) -> "TensorWriter":
@@ -76,17 +82,17 @@ class TensorWriter:
     def write(self, name: str, value: Any) -> None:
         """Writes a tensor (anything NumPy takes), once, in the shape and dtype that were declared."""
         spec = self._missing.pop(name)
-        array = np.ascontiguousarray(value)  # makes a copy where the values do not lie in order
-        wanted = (tuple(spec.shape), np.dtype(spec.dtype))
-        got = (np.shape(value), array.dtype)
+        array = np.asarray(value)
+        wanted, got = (tuple(spec.shape), np.dtype(spec.dtype)), (array.shape, array.dtype)
         assert got == wanted, f"{name}: got {got}, declared {wanted}"
         place = self._places[name]
-        view, offset = array.reshape(-1).view(np.uint8).data, place.start
         try:
             with place.file.open("r+b", buffering=0) as file:
-                while view:
-                    count = os.pwrite(file.fileno(), view[:AT_ONCE], offset)
-                    offset, view = offset + count, view[count:]
+                file.seek(place.start)
+                for rows in _in_order(array):
+                    view = rows.reshape(-1).view(np.uint8).data
+                    while view:
+                        view = view[os.write(file.fileno(), view[:AT_ONCE]) :]
         except OSError as error:
             self._fail(error)
 
@@ -118,7 +124,7 @@ class TensorWriter:
             os.close(self._lock)
             self._lock = -1
 
-    def _fail(self, error: OSError) -> None:
+    def _fail(self, error: OSError) -> NoReturn:
         raise CheckpointError(
             f"{self.path}: could not be written ({error.strerror}); nothing is left of it. See that its disk has room and may be written."
         ) from error
@@ -162,6 +168,19 @@ def _begin(file: Path, specs: Mapping[str, Any], metadata: Mapping[str, str]) ->
         stream.write(header)
         stream.truncate(end)
     return places
+
+
+def _in_order(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Its numbers as they are stored, as it is or in copies of some rows at a time."""
+    if array.flags.c_contiguous:
+        yield array
+        return
+    rows = max(1, COPY_BYTES * len(array) // array.nbytes)
+    for begin in range(0, len(array), rows):
+        part = array[begin : begin + rows]
+        copy = np.empty(part.shape, part.dtype)
+        fill(copy, part)
+        yield copy
 
 
 def _sweep(path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from lmeff.interop.container import (
     AT_ONCE,
+    HEADER_CAP,
     INDEX,
     SINGLE,
     UNPICKLE,
@@ -111,6 +112,15 @@ def open_tensors(path: Path) -> Tensors:
     Every header is read and checked, no data. Raises `CheckpointError` where something is missing, damaged, or not what its name says.
     """
     path = Path(path)
+    try:
+        return _open(path)
+    except OSError as error:
+        refuse(
+            path, f"'{error.strerror}'", "a .safetensors file or a folder that can be read", "See that it may be read."
+        )
+
+
+def _open(path: Path) -> Tensors:
     if not path.exists():
         refuse(path, "nothing there", "a .safetensors file or a folder with one", "Check the path.")
     if not path.is_dir():
@@ -137,7 +147,10 @@ def _only_file(folder: Path) -> str:
 def _open_shards(folder: Path) -> Tensors:
     """The shards that an index names. What the index says and what the shards hold must be the same."""
     index = folder / INDEX
-    weight_map = parse_object(index, _inside(folder, INDEX).read_bytes(), "text").get("weight_map")
+    size = _inside(folder, INDEX).stat().st_size
+    if size > HEADER_CAP:
+        refuse(index, f"{size:,} bytes", f"at most {HEADER_CAP:,}")
+    weight_map = parse_object(index, index.read_bytes(), "text").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         refuse(index, f"weight_map = {shown(weight_map)}", "an object: the name of each tensor, the name of its shard")
     shards = sorted({_shard_name(index, name) for name in weight_map.values()})

@@ -110,13 +110,15 @@ def _coded(x_BTKC: jax.Array, format: CacheFormat) -> tuple[jax.Array, jax.Array
 def write(stack: Stack, layer: Any, k_BTKC: jax.Array, v_BTKC: jax.Array, new: New, format: CacheFormat) -> Stack:
     """The stack with these tokens in it. With keys by channel at most a block of tokens at once."""
     slots = stack.v.shape[3]
-    rows_B1 = jnp.arange(k_BTKC.shape[0])[:, None]
+    rows_B11 = jnp.arange(k_BTKC.shape[0])[:, None, None]
+    heads_K = jnp.arange(k_BTKC.shape[2])
 
     def put(into: Any, x_BT: Any, ring: int) -> Any:
         if into is None or x_BT is None:
             return into
         slot_BT = jnp.where(new.positions_BT >= 0, new.positions_BT % ring, ring)  # out of range is dropped
-        return into.at[layer, rows_B1, :, slot_BT].set(x_BT.astype(into.dtype), mode="drop")
+        # Every dim but the last is indexed: of a scatter of [K, C] XLA for TPUs wants K beside C and copies the whole cache for it.
+        return into.at[layer, rows_B11, heads_K, slot_BT[..., None]].set(x_BT.astype(into.dtype), mode="drop")
 
     v, v_scale = _coded(v_BTKC, format)
     stack = stack._replace(v=put(stack.v, v, slots), v_scale=put(stack.v_scale, v_scale, slots))
@@ -133,13 +135,14 @@ def _close_block(stack: Stack, layer: Any, new: New, format: CacheFormat) -> Sta
     block, ring, blocks = format.block, stack.tail.shape[3], stack.k_scale.shape[3]
     last_B = new.length_B // block - 1
     filled_B = (last_B >= 0) & ((last_B + 1) * block > new.length_B - (new.positions_BT >= 0).sum(1))
-    rows_B1 = jnp.arange(last_B.size)[:, None]
-    within = jnp.arange(block)
-    k_BSKC = stack.tail[layer, rows_B1, :, (last_B[:, None] * block + within) % ring]
+    rows_B1, heads_K = jnp.arange(last_B.size)[:, None], jnp.arange(stack.k.shape[2])
+    within_S1 = jnp.arange(block)[:, None]
+    own = (layer, rows_B1[..., None], heads_K)
+    k_BSKC = stack.tail[*own, (last_B[:, None, None] * block + within_S1) % ring]
     codes_BSKC, scale_BKC = encode_rows(k_BSKC.astype(jnp.float32), format.quantized, 1)
-    to_B = jnp.where(filled_B, last_B % blocks, blocks)
-    k = stack.k.at[layer, rows_B1, :, to_B[:, None] * block + within].set(pack(codes_BSKC, format), mode="drop")
-    k_scale = stack.k_scale.at[layer, rows_B1[:, 0], :, to_B].set(scale_BKC, mode="drop")
+    to_B1 = jnp.where(filled_B, last_B % blocks, blocks)[:, None]
+    k = stack.k.at[*own, to_B1[..., None] * block + within_S1].set(pack(codes_BSKC, format), mode="drop")
+    k_scale = stack.k_scale.at[layer, rows_B1, heads_K, to_B1].set(scale_BKC, mode="drop")
     return stack._replace(k=k, k_scale=k_scale)
 
 
@@ -210,10 +213,11 @@ def plain(q_BTHC: jax.Array, stack: Stack, layer: Any, new: New, how: How) -> ja
     if own.v_scale is not None:
         weights_BKGTS = weights_BKGTS * own.v_scale[:, :, None, None]
     v_BKSC = unpack(own.v, how.format).astype(q_BTHC.dtype)
-    o_BTKGC = jnp.einsum(
-        "BKGTS,BKSC->BTKGC", weights_BKGTS.astype(v_BKSC.dtype), v_BKSC, preferred_element_type=jnp.float32
+    # In the product's own order: with T moved within the product, XLA for CPUs has no kernel for bfloat16 of several rows (jax 0.10.2).
+    o_BKGTC = jnp.einsum(
+        "BKGTS,BKSC->BKGTC", weights_BKGTS.astype(v_BKSC.dtype), v_BKSC, preferred_element_type=jnp.float32
     )
-    o_BTKGC = o_BTKGC / jnp.moveaxis(total_BKGT, 3, 1)[..., None]
+    o_BTKGC = jnp.moveaxis(o_BKGTC / total_BKGT[..., None], 3, 1)
     return o_BTKGC.reshape(b, t, h, c).astype(q_BTHC.dtype)
 
 

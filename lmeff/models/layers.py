@@ -38,7 +38,7 @@ def period(cfg: ModelConfig) -> tuple[Place, ...]:
 
 
 def through_cache(
-    step: Step, x_BTD: jax.Array, layers: Any, cache: Cache, batch: Batch, cfg: ModelConfig
+    step: Step, x_BTD: jax.Array, layers: Any, cache: Cache, batch: Batch, cfg: ModelConfig, unroll: int = 1
 ) -> tuple[jax.Array, Cache]:
     """All layers on new tokens: the residual stream, and the cache with these tokens in it.
 
@@ -61,7 +61,8 @@ def through_cache(
         return x_BTD, stacks
 
     turns, left = divmod(cfg.layers, len(places))
-    carry, _ = jax.lax.scan(lambda carry, index: (turn(carry, index), None), (x_BTD, cache.stacks), jnp.arange(turns))
+    start, once = (x_BTD, cache.stacks), lambda carry, index: (turn(carry, index), None)
+    carry, _ = jax.lax.scan(once, start, jnp.arange(turns), unroll=max(1, min(unroll // len(places), turns)))
     x_BTD, stacks = turn(carry, turns, left)
     return x_BTD, Cache(stacks, length_B, cache.format, fresh=False)
 

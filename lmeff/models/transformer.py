@@ -223,8 +223,8 @@ def forward(
     scan:       `jax.lax.scan`, or what does the same where layers are cut over devices (`parallel.layers.layer_scan`).
     enter:      `(weights, index of the layer) -> weights`, what they pass on their way into the block (`parallel.tiles.pinned`); changes memory, no result.
     output_dtype: of the last hidden state, rounded once from float32; None is the compute dtype.
-    cache:      what the rows have seen before: `batch` then holds their next tokens, one document a row, padding (segment 0) on the right. Layers are then
-                not rematerialized and record nothing.
+    cache:      what the rows have seen before: `batch` then holds their next tokens, one document a row, padding (segment 0) on the right. There is then no
+                backward pass, so no `remat`; layers are not on pipeline stages, so no `scan`; and nothing of them is recorded.
     """
 
     def seen(key: str) -> Any:
@@ -247,7 +247,7 @@ def forward(
         kept = wrapper(parse(remat, sites(cfg)))
         x_BTD, records = scan(kept(step), x_BTD, layers, unroll=min(unroll, cfg.layers))
     else:
-        x_BTD, cache = through_cache(step, x_BTD, layers, cache, batch, cfg)
+        x_BTD, cache = through_cache(step, x_BTD, layers, cache, batch, cfg, unroll)
     hidden_BTD = last_hidden(x_BTD, seen("final_norm"), cfg, output_dtype or compute_dtype)
     head = embed["table"] if cfg.tied else seen("head")["w"]
     sums = kept_sums(records)

@@ -11,7 +11,7 @@ from lmeff.models.remat import parse
 from lmeff.models.transformer import param_specs, sites
 from lmeff.parallel.mesh import ZERO_AXIS, Layout, names
 
-EMBEDDING = "embed/table"
+EMBEDDING, POSITIONS = "embed/table", "embed/positions"
 PIPE = "pipe"
 
 
@@ -50,13 +50,18 @@ class Leaf(NamedTuple):
 
 
 class Again(NamedTuple):
-    """What a layer's backward pass does again of the collectives of its forward pass: over tensor, and whether it goes through attention, and
-    through anything at all."""
+    """What a layer's backward pass does again of the collectives of its forward pass: over tensor gathers, and sums of the products with these output
+    matrices; whether it goes through attention, and through anything at all."""
 
     gathers: int = 0
-    reductions: int = 0
+    outputs: tuple[str, ...] = ()
     attention: bool = False
     any: bool = False
+
+    @property
+    def reductions(self) -> int:
+        """The sums."""
+        return len(self.outputs)
 
 
 class Member(NamedTuple):
@@ -85,12 +90,16 @@ class Member(NamedTuple):
 
 
 def again_of(remat: str, cfg: ModelConfig) -> Again:
-    """What a policy computes again: what enters a sublayer is never kept; the attention's output matrix multiplies again unless its product is."""
+    """What a policy computes again: what enters a sublayer is never kept, but where it is the stream itself, which without a norm before attention is the
+    block's input; the attention's output matrix multiplies again unless its product is kept, and the ffn's where a norm comes after it.
+    """
     policy = parse(remat, sites(cfg))
     if policy.kind == "none":
         return Again()
-    kept = set(policy.names)
-    return Again(2, int(not kept & {"product", "attn.o"}), "attn_out" not in kept, True)
+    kept, normalized = set(policy.names), cfg.norm_at != "pre" and cfg.moe is None
+    matrices = {"wo": "attn.o", "down": "mlp.down"} if normalized else {"wo": "attn.o"}
+    outputs = tuple(matrix for matrix, site in matrices.items() if not kept & {"product", site})
+    return Again(1 if cfg.norm_at == "post" else 2, outputs, "attn_out" not in kept, True)
 
 
 @functools.lru_cache(maxsize=64)

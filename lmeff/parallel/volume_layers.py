@@ -44,6 +44,11 @@ def layers(step: Step) -> Iterator[Term]:
         sums = (1 + dense) * member.forward + (inputs + again.reductions) * member.backward
         yield Term("all-gather", (TENSOR,), unit, step.policy.compute, gathers, loop="layer")
         yield Term("reduce-scatter", (TENSOR,), unit, PARTIAL, sums, placed=True, loop="layer")
+        if (
+            cfg.qk_norm == "width"
+        ):  # the mean squares of queries and of keys, a number a token each, and their gradients
+            runs = member.forward + (1 + again.any) * member.backward
+            yield Term("all-reduce", (TENSOR,), step.tokens_here, jnp.float32, 2 * runs, loop="layer")
         if cfg.moe is not None:
             yield Term("reduce-scatter", (TENSOR,), unit, step.policy.compute, member.forward, loop="layer")
             yield Term(

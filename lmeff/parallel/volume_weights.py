@@ -4,11 +4,13 @@ from collections.abc import Iterator
 
 import jax.numpy as jnp
 
-from lmeff.parallel.members import EMBEDDING, Leaf, leaves_of
+from lmeff.parallel.members import EMBEDDING, POSITIONS, Leaf, leaves_of
 from lmeff.parallel.mesh import ZERO_AXIS
 from lmeff.parallel.volume_reduced import reduced
 from lmeff.parallel.volume_term import PARTIAL, Term, order
 from lmeff.parallel.workload import CONTEXT, EXPERT, TENSOR, Step
+
+SUMMED = ("/o_bias", "/down_bias")
 
 
 def weights(step: Step) -> Iterator[Term]:
@@ -35,14 +37,17 @@ def weights(step: Step) -> Iterator[Term]:
 def _gathers(step: Step, leaf: Leaf) -> int:
     """How often a layer's weight is gathered in a forward and a backward pass.
 
-    What the layer of experts gathers itself is kept for the backward pass, unless it is run again. With rematerialisation XLA gathers a norm's scale a
-    third time, and beside tensor parallelism the attention's output matrix where its product is computed again.
+    What the layer of experts gathers itself is kept for the backward pass, unless it is run again, and no gradient needs what is only added (biases,
+    positions). With rematerialisation XLA gathers a norm's scale a third time, and beside tensor parallelism an output matrix whose product is computed
+    again; nothing after the ffn's product is computed again but for a norm's gradient.
     """
-    again = step.student.again
-    if leaf.routed:
-        return 1 + again.any
-    third = again.any and leaf.in_block and not leaf.is_matmul
-    return 3 if third or (leaf.path.endswith("/wo") and TENSOR in leaf.axes and again.reductions > 0) else 2
+    again, name = step.student.again, leaf.path.rsplit("/", 1)[-1]
+    last = leaf.path.startswith("blocks/mlp_post_norm/") or (name == "down_bias" and step.cfg.norm_at == "pre")
+    rerun = again.any and leaf.in_block
+    if leaf.routed or leaf.path == POSITIONS or name == "bias" or name.endswith("_bias"):
+        return 1 + (rerun and not last)
+    third = rerun and not last and not leaf.is_matmul
+    return 3 if third or (name in again.outputs and TENSOR in leaf.axes) else 2
 
 
 def updates(step: Step) -> Iterator[Term]:
@@ -151,7 +156,7 @@ def exchanges_rows(step: Step) -> bool:
 
 def inner_gradients(step: Step) -> Iterator[Term]:
     """What context and tensor leave to be summed of gradients, in every microbatch: of a scale or bias that tensor does not cut each device has seen a
-    part of T, of anything each part of the context its tokens.
+    part of T, of anything each part of the context its tokens. Biases of sums over tensor have seen all of T: their gradient is gathered anyway.
     """
     for leaf in step.leaves:
         if leaf.in_block:
@@ -161,7 +166,10 @@ def inner_gradients(step: Step) -> Iterator[Term]:
                 yield Term("all-reduce", (CONTEXT,), leaf.elements, step.policy.params)
         elif leaf.path.startswith("final_norm"):
             runs = step.accumulate * step.last
-            yield Term("all-reduce", (CONTEXT, TENSOR), leaf.elements, step.policy.output, runs, loop="microbatch")
+            axes = (CONTEXT,) if leaf.path.endswith("/bias") else (CONTEXT, TENSOR)
+            yield Term("all-reduce", axes, leaf.elements, step.policy.output, runs, loop="microbatch")
+        elif leaf.path == POSITIONS:
+            yield from _of_positions(step, leaf)
         elif step.region:
             yield from _of_ends(step, leaf)
 
@@ -177,11 +185,24 @@ def _of_block(step: Step, leaf: Leaf) -> Iterator[Term]:
     elif leaf.is_matmul:
         if step.region or not scatters(step, leaf):
             yield Term("all-reduce", (CONTEXT,), size, compute, times, loop="layer")
+    elif leaf.path.endswith(SUMMED):
+        yield Term("all-reduce", (CONTEXT,), size, compute, times, loop="layer")
     elif leaf.spec.letters.endswith("D"):
         yield Term("all-reduce", (CONTEXT, *over_tensor), size, compute, times, loop="layer")
     else:
         for axes in ((CONTEXT,), over_tensor):
             yield Term("all-reduce", axes, size, compute, times, loop="layer")
+
+
+def _of_positions(step: Step, leaf: Leaf) -> Iterator[Term]:
+    """Of the table of positions, whose rows are added to a part of T: summed, or inside a `jax.shard_map` gathered with their ids (`gathered_rows`)."""
+    axes, runs = (CONTEXT, TENSOR), step.accumulate * step.first
+    if not step.nested:
+        yield Term("all-reduce", axes, leaf.elements, step.policy.compute, runs, loop="microbatch")
+        return
+    tokens = step.tokens_here * step.degrees[CONTEXT]
+    yield Term("all-gather", axes, tokens * step.cfg.width, step.policy.compute, runs, loop="microbatch")
+    yield Term("all-gather", axes, tokens, jnp.int32, runs, loop="microbatch")
 
 
 def _of_ends(step: Step, leaf: Leaf) -> Iterator[Term]:

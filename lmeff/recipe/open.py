@@ -83,9 +83,14 @@ def open_model(
     return opened._replace(served=served, source=f"{opened.source}, weights {format}")
 
 
+def is_model(path: Path) -> bool:
+    """Whether this folder holds a model of others: imported, or as Hugging Face has it."""
+    return is_model_folder(path) or is_huggingface(path)
+
+
 def is_run(path: Path) -> bool:
     """Whether a run wrote this folder."""
-    return (path / FILE).is_file() and not is_model_folder(path) and not is_huggingface(path)
+    return (path / FILE).is_file() and not is_model(path)
 
 
 def _open_folder(path: Path, layout: Layout, policy: Policy | None) -> OpenModel:
@@ -93,12 +98,12 @@ def _open_folder(path: Path, layout: Layout, policy: Policy | None) -> OpenModel
     from_there = describe(path)
     check_cuts(layout.plan.sequence, from_there.cfg, dict(layout.mesh.shape), str(path))
     policy = policy or _policy(stored_dtype(path), layout)
-    cfg, params = load_weights(path, layout, policy.params)
+    cfg, params, numerics = load_weights(path, layout, policy.params)
     place = path / TOKENIZER if is_model_folder(path) else path
     tokenizer = pretrained.load_tokenizer(place) if place.is_dir() and pretrained.holds_one(place) else None
     if tokenizer is not None:
         check_vocab(cfg, tokenizer, str(place))
-    served = Served(cfg=cfg, params=params, layout=layout, policy=policy)
+    served = Served(cfg=cfg, params=params, numerics=numerics, layout=layout, policy=policy)
     return OpenModel(served, tokenizer, f"{path} ({from_there.words})", from_there.family, from_there.keep)
 
 
@@ -124,7 +129,9 @@ def _open_run(path: Path, name: str | None, layout: Layout, policy: Policy | Non
     tokenizer = open_tokenizer(experiment.data, path / "data")
     origin = _origin(experiment, path, experiment.stage(found.name))
     source = f"artifact '{found.name}' of the run {path}"
-    return OpenModel(served, tokenizer, source, *((origin.family, origin.keep) if origin is not None else ()))
+    if origin is None:
+        return OpenModel(served, tokenizer, source)
+    return OpenModel(served, tokenizer, source, origin.family, origin.keep)
 
 
 def _origin(experiment: Experiment, directory: Path, stage: Stage) -> Loaded | None:

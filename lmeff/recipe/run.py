@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lmeff.config import Experiment, Stage
 from lmeff.config.files import check_resume, write
-from lmeff.config.loads import keep, loads
+from lmeff.config.loads import check_same, keep, loads
 from lmeff.config.validate import validate
 from lmeff.core.errors import CheckpointError, DataError
 from lmeff.core.extras import require
@@ -54,11 +54,13 @@ def run(
             f"{directory}: holds a run already, and --no-resume was asked for; expected an empty place. Delete it or choose another --name."
         )
     check_resume(experiment, directory)
+    loaded = loads(experiment, directory)
+    check_same(loaded, directory)
     shop = open_workshop(experiment, shapes, directory, console, resume=resume)  # builds data whole or leaves no trace
     with lock(directory):
         if leads():
             write(experiment, directory)
-            keep(loads(experiment, directory), directory)
+            keep(loaded, directory)
         stages = experiment.recipe if only is None else needed(experiment.recipe, only)
         artifacts: dict[str, Artifact] = {}
         for stage in stages:

@@ -2,19 +2,21 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lmeff.compress.base import State
-from lmeff.config.loads import is_huggingface
+from lmeff.config.loads import is_compressed, is_huggingface
 from lmeff.core.errors import CheckpointError
 from lmeff.core.files import new_folder
-from lmeff.core.numerics import is_qtensor
+from lmeff.core.numerics import is_qtensor, materialize
+from lmeff.core.ops import FLOATING, Numerics
+from lmeff.core.specs import abstract
 from lmeff.core.tree import Tree
 from lmeff.data import pretrained
-from lmeff.interop import hf
+from lmeff.interop import compressed_load, hf
 from lmeff.interop.model_folder import ARTIFACT, TOKENIZER, Header, is_model_folder, read_header, write_header
 from lmeff.interop.tensors import open_tensors
 from lmeff.models.config import ModelConfig
@@ -23,24 +25,45 @@ from lmeff.parallel.mesh import Layout, shardings
 from lmeff.recipe.artifact import Artifact, Recipe, load, save
 
 
-def load_weights(path: Path, layout: Layout, dtype: Any) -> tuple[ModelConfig, Any]:
-    """The shape and the parameters of a model folder or a Hugging Face folder, on a mesh and in `dtype`."""
+class Weights(NamedTuple):
+    """A model as its files have it: parameters, some of which may be packed, and the formats of activations that go with them."""
+
+    cfg: ModelConfig
+    params: Any
+    numerics: Numerics = FLOATING
+
+
+def load_weights(path: Path, layout: Layout, dtype: Any) -> Weights:
+    """The model of a model folder or a Hugging Face folder, on a mesh; what is not packed in `dtype`."""
     if is_model_folder(path):
         header = read_header(path)
         found = load(path.name, Recipe(), path / ARTIFACT, layout, jnp.dtype(header.dtype))
-        return found.cfg, cast(found.params, param_specs(found.cfg), layout, dtype)
+        return Weights(found.cfg, cast(found.params, param_specs(found.cfg), layout, dtype))
     if is_huggingface(path):
-        return hf.load(path, layout, dtype)
+        if is_compressed(path):
+            return Weights(*compressed_load.load(path, layout, dtype))
+        return Weights(*hf.load(path, layout, dtype))
     raise CheckpointError(
         f"{path}: holds no model, expected a folder that `lmeff import` made or a Hugging Face folder"
     )
+
+
+def load_numbers(path: Path, layout: Layout, dtype: Any) -> tuple[ModelConfig, Any]:
+    """The same to train from: packed weights as the numbers that they stand for, activations in floating point."""
+    found = load_weights(path, layout, dtype)
+    if not any(is_qtensor(x) for x in jax.tree.leaves(found.params, is_leaf=is_qtensor)):
+        return found.cfg, found.params
+    plain = abstract(param_specs(found.cfg), dtype)
+    out = shardings(plain, param_specs(found.cfg), layout)
+    return found.cfg, jax.jit(materialize, out_shardings=out)(found.params)
 
 
 def stored_dtype(path: Path) -> Any:
     """The narrowest dtype that holds all parameters of a model as they are stored."""
     if is_model_folder(path):
         return jnp.dtype(read_header(path).dtype)
-    floats = {info.dtype for info in open_tensors(path).values() if jnp.issubdtype(info.dtype, jnp.floating)}
+    held = {name: info.dtype for name, info in open_tensors(path).items() if not name.endswith("_scale")}
+    floats = {dtype for dtype in held.values() if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1}
     if not floats:
         raise CheckpointError(f"{path}: its .safetensors hold no floating numbers, expected the weights of a model")
     return jnp.result_type(*floats)

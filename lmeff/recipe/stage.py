@@ -26,7 +26,7 @@ from lmeff.parallel.rows import own_rows
 from lmeff.recipe.artifact import Artifact, Recipe
 from lmeff.recipe.measure import held_out
 from lmeff.recipe.runtime import make_runtime
-from lmeff.recipe.sources import load_weights
+from lmeff.recipe.sources import load_numbers
 from lmeff.train.evaluate import make_eval_step
 from lmeff.train.loop import Cost, Job, train
 from lmeff.train.metrics import read_metrics
@@ -143,7 +143,7 @@ def starting_point(shop: Workshop, stage: Stage, earlier: Artifacts) -> Start:
 def _seen(shop: Workshop, stage: Stage, earlier: Artifacts) -> tuple[ModelConfig, Any, list[str]]:
     """The weights of a stage's start as its forward pass saw them, or those that are loaded; and where from, in words."""
     if stage.load is not None:
-        cfg, params = load_weights(Path(stage.load), shop.layout, shop.policy.params)
+        cfg, params = load_numbers(Path(stage.load), shop.layout, shop.policy.params)
         return cfg, params, [f"loaded from {stage.load} ({describe_source(Path(stage.load)).words})"]
     assert stage.start is not None
     origin = earlier[stage.start]

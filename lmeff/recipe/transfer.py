@@ -1,22 +1,24 @@
 """Models in and out: someone else's becomes a model folder, and whatever `open_model` opens is written in a format that others read."""
 
+import functools
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lmeff.config.loads import is_huggingface
+from lmeff.config.loads import is_compressed, is_huggingface
 from lmeff.core.errors import CheckpointError, ConfigError
 from lmeff.core.files import refuse_existing
 from lmeff.core.numerics import is_qtensor, materialize
 from lmeff.core.specs import count
 from lmeff.data import pretrained
 from lmeff.data.portable import carried, special_ids, write_portable
+from lmeff.data.scored_bpe import ScoredBpe
 from lmeff.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
-from lmeff.interop import hf, llama2c
+from lmeff.interop import compressed_folder, gguf, hf, llama2c
 from lmeff.interop.families import FAMILIES
 from lmeff.interop.model_folder import TOKENIZER, Header, is_model_folder
 from lmeff.models.config import ModelConfig
@@ -39,6 +41,10 @@ class Foreign(NamedTuple):
 def foreign(source: Path) -> Foreign:
     """What lies at `source`, without its weights; raises `CheckpointError` where it is no model that can be imported."""
     if source.is_dir() and is_huggingface(source):
+        if is_compressed(source):
+            raise ConfigError(
+                f"{source}: its weights are packed (compressed-tensors), expected plain ones to import; every command takes this folder as it is"
+            )
         found = hf.details(source)
         return Foreign(
             cfg=hf.read_config(source),
@@ -74,7 +80,14 @@ def import_model(source: Path, out: Path, *, tokenizer: Path | None = None, dtyp
 
 
 def export_model(
-    path: Path, out: Path, *, artifact: str | None = None, format: str = "hf", dtype: Any = None
+    path: Path,
+    out: Path,
+    *,
+    artifact: str | None = None,
+    format: str = "hf",
+    dtype: Any = None,
+    weights: str | None = None,
+    pretokenizer: str | None = None,
 ) -> dict[str, Any]:
     """Writes a model for others to read, complete or not at all; gives what was written as a JSON-able object.
 
@@ -83,11 +96,12 @@ def export_model(
     if format not in WRITERS:
         raise ConfigError(f"--format: got '{format}', expected one of {', '.join(WRITERS)}")
     refuse_existing(out)
-    opened = open_model(path, artifact=artifact, mesh=MeshPlan(data=1), devices=jax.devices()[:1])
+    opened = open_model(path, artifact=artifact, mesh=MeshPlan(data=1), devices=jax.devices()[:1], weights=weights)
     with tempfile.TemporaryDirectory(prefix="lmeff-") as folder:
         files = tokenizer_files(path, opened.tokenizer, Path(folder))
-        family = WRITERS[format](opened, out, files, dtype)
-    left_out = sorted({site for site, _ in opened.served.numerics.activations})
+        family = WRITERS[format](opened, out, files, Choice(dtype, pretokenizer))
+    kept = format == "compressed-tensors"
+    left_out = [] if kept else sorted({site for site, _ in opened.served.numerics.activations})
     return {
         "model": str(out),
         "source": opened.source,
@@ -114,15 +128,78 @@ def tokenizer_files(path: Path, tokenizer: Tokenizer | None, scratch: Path) -> l
     return carried(scratch)
 
 
-def _write_hf(opened: OpenModel, out: Path, files: Iterable[Path], dtype: Any) -> str:
+class Choice(NamedTuple):
+    """What an export is told. dtype: of what is not packed; None keeps it. pretokenizer: llama.cpp's name for how a byte-level tokenizer cuts text."""
+
+    dtype: Any = None
+    pretokenizer: str | None = None
+
+
+def _write_hf(opened: OpenModel, out: Path, files: Sequence[Path], choice: Choice) -> str:
     """Packed weights are written as the numbers they stand for."""
     params = opened.served.params
-    if any(is_qtensor(x) for x in jax.tree.leaves(params, is_leaf=is_qtensor)):
+    if is_packed(params):
         params = jax.jit(materialize)(params)
-    family = opened.family if opened.family in FAMILIES else None
+    return hf.export(opened.served.cfg, params, out, tokenizer_files=files, **_told(opened, choice, "hf")).name
+
+
+def _write_compressed(opened: OpenModel, out: Path, files: Sequence[Path], choice: Choice) -> str:
+    """Codes and scales as they are, with the formats of activations."""
+    served = opened.served
+    if not is_packed(served.params):
+        raise ConfigError(
+            f"--format compressed-tensors: {opened.source} holds no packed weights, expected some; pack them on the way with --weights, such as int4/g128, "
+            "or name an artifact of a stage that exports"
+        )
+    told = _told(opened, choice, "compressed-tensors")
+    return compressed_folder.export(
+        served.cfg,
+        served.params,
+        out,
+        numerics=served.numerics,
+        ranges=served.ranges,
+        tokenizer_files=files,
+        **told,
+    ).name
+
+
+def is_packed(params: Any) -> bool:
+    """Whether some leaf is."""
+    return any(is_qtensor(x) for x in jax.tree.leaves(params, is_leaf=is_qtensor))
+
+
+def _told(opened: OpenModel, choice: Choice, format: str) -> dict[str, Any]:
+    """What a Hugging Face folder is told besides the weights."""
+    if choice.pretokenizer is not None:
+        raise ConfigError(
+            f"--pretokenizer: got '{choice.pretokenizer}' for the format {format}, expected it with gguf alone"
+        )
     keep = opened.keep or ({} if opened.tokenizer is None else special_ids(opened.tokenizer))
-    return hf.export(opened.served.cfg, params, out, family=family, tokenizer_files=files, dtype=dtype, keep=keep).name
+    return {"family": opened.family if opened.family in FAMILIES else None, "keep": keep, "dtype": choice.dtype}
 
 
-# Each writes a model in its format and gives the family it was written as.
-WRITERS: dict[str, Callable[[OpenModel, Path, Iterable[Path], Any], str]] = {"hf": _write_hf}
+def _write_gguf(opened: OpenModel, out: Path, files: Sequence[Path], choice: Choice, *, kind: str) -> str:
+    """One file for llama.cpp; a tokenizer of llama2.c, which the format has no place for, stays out."""
+    if choice.dtype is not None:
+        raise ConfigError(
+            f"--dtype: got {choice.dtype} for gguf, expected it in the format's name, one of {', '.join(WRITERS)}"
+        )
+    folder = None if not files or isinstance(opened.tokenizer, ScoredBpe) else files[0].parent
+    gguf.export(
+        opened.served.cfg,
+        opened.served.params,
+        out,
+        kind=kind,
+        tokenizer=folder,
+        pretokenizer=choice.pretokenizer,
+        name=out.stem,
+    )
+    return f"gguf {kind}"
+
+
+# Each writes a model in its format and gives what it was written as.
+WRITERS: dict[str, Callable[[OpenModel, Path, Sequence[Path], Choice], str]] = {
+    "hf": _write_hf,
+    "compressed-tensors": _write_compressed,
+    **{f"gguf-{kind.lower()}": functools.partial(_write_gguf, kind=kind) for kind in gguf.TYPES},
+}

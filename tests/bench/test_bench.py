@@ -86,7 +86,7 @@ def test_prefill_tells_its_arithmetic(scripted, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_a_real_run(kind):
-    variants = make_variants(model(), ["f32", "int4/g32+table@int8"])
+    variants = make_variants(model(), ["f32", "int4/g32+table@int8", "bf16", "bf16@int4/channel4"])
     result = bench(kind, variants, Shape(batch=2, context=5, tokens=3, turns=2), stream_size=SMALL)
     told = json.loads(json.dumps(result.to_json()))
     assert [run["name"] for run in told["runs"]] == list(variants)

@@ -39,12 +39,24 @@ VARIANTS = {
     },
     "multi-head, gelu gate, head norms": {"kv_heads": 4, "activation": "geglu", "qk_norm": "head", "bias": "all"},
     "multi-query, own head width": {"kv_heads": 1, "head_width": 6, "tied": False, "window": 5},
+    "windows by layer, norms on both sides": {
+        "layers": 4,
+        "window": 3,
+        "full_layers": (1, 3),
+        "rope_local_theta": 100.0,
+        "norm_at": "both",
+        "norm_plus_one": True,
+        "bias": "qkv",
+    },
+    "learned positions, norms after": {"positions": "learned", "context": 16, "norm_at": "post", "bias": "attention"},
 }
 PRODUCTS = {
     "grouped, gated, tied": {"ffn": 9, "kv_heads": 1, "queries": 1, "layers": 2},
     "untied, plain, biases, layer norms, head norms": {"ffn": 16, "kv_heads": 1, "layers": 2},
     "multi-head, gelu gate, head norms": {"ffn": 5, "kv_heads": 3, "layers": 1},
     "multi-query, own head width": {"ffn": 8, "queries": 3, "layers": 2},
+    "windows by layer, norms on both sides": {"ffn": 9, "kv_heads": 1, "layers": 3},
+    "learned positions, norms after": {"ffn": 9, "queries": 1, "layers": 2},
 }
 SINGLES = [{"ffn": 11}, {"kv_heads": 1}, {"queries": 1}, {"layers": 2}]
 
@@ -70,13 +82,39 @@ def test_masked_equals_shrunk(name, sizes):
     assert {path: x.shape for path, x in flatten(small).items()} == {
         path: spec.shape for path, spec in flatten(param_specs(new)).items()
     }
-    assert new == ShrinkConfig(**sizes).apply(cfg) == smaller(cfg, cut)
+    assert new == smaller(cfg, cut)
+    if not cfg.mixed:  # else which layers see all is known by the plan alone
+        assert new == ShrinkConfig(**sizes).apply(cfg)
     batch = make_batch()
     whole = logits(cfg, params, batch)
     want = logits(cfg, apply_masks(params, masked(cfg, cut)), batch)
     got = logits(new, small, batch)
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert np.abs(whole - want).max() > 1e-2  # the cut does change the model
+
+
+@pytest.mark.parametrize("kept", [(0, 2), (1, 3), (0, 3), (1, 2, 3)])
+def test_layers_that_stay_see_what_they_saw(kept):
+    """Also where all that stay see all, or none does."""
+    cfg, params = variant("windows by layer, norms on both sides")
+    cut = Plan(layers=np.array(kept))
+    new, small, _ = shrink(cfg, params, None, cut)
+    want = logits(cfg, apply_masks(params, masked(cfg, cut)), make_batch())
+    np.testing.assert_allclose(logits(new, small, make_batch()), want, atol=1e-5)
+    assert new.mixed == (len({layer in cfg.full_layers for layer in kept}) == 2)
+    first = ShrinkConfig(layers=len(kept)).apply(cfg)
+    assert first == smaller(cfg, Plan(layers=np.arange(len(kept))))
+
+
+def test_heads_are_cut_from_norms_over_all_of_them():
+    cfg, params = make_model(qk_norm="width", kv_heads=4)
+    cut = Plan(groups=np.array([[0, 2], [1, 3], [0, 1]]), heads=np.array([[0, 2], [1, 3], [0, 1]]))
+    new, small, _ = shrink(cfg, params, None, cut)
+    assert (new.heads, new.kv_heads, new.head_size) == (2, 2, cfg.head_size)
+    for name, kept in (("q_norm", cut.heads), ("k_norm", cut.groups)):
+        whole = params["blocks"]["attn"][name]
+        np.testing.assert_array_equal(small["blocks"]["attn"][name], [w[k] for w, k in zip(whole, kept, strict=True)])
+    assert np.isfinite(logits(new, small, make_batch())).all()
 
 
 def test_describe_and_size():

@@ -1,5 +1,6 @@
 """fp8 against ml_dtypes' own float8: the grid by all of its codes, rounding by the table, and what the law of formats says about it."""
 
+import functools
 import itertools
 
 import jax
@@ -20,6 +21,7 @@ from lmeff.core.numerics import (
     round_to_grid,
 )
 from lmeff.core.ops import Numerics, make_einsum
+from lmeff.kernels.table import packed_product
 
 FP8 = parse_format("fp8")
 CODES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
@@ -124,6 +126,21 @@ def test_formats_that_do_not_exist_are_refused():
                 QFormat(kind=kind, bits=bits, symmetric=symmetric)
     with pytest.raises(ConfigError, match="got 'nf', expected one of"):
         QFormat(kind="nf")
+
+
+@pytest.mark.parametrize("text", ["fp8", "fp8/tensor", "fp8/g8"])
+@pytest.mark.parametrize("tokens", [1, 40], ids=["decoding", "prompt"])
+def test_the_form_of_a_platform_takes_fp8_like_any_code(text, tokens):
+    """Whatever form computes a product with a packed weight on this platform, with activations in integers or none."""
+    x, w = jax.random.normal(jax.random.key(8), (tokens, 64)), jax.random.normal(jax.random.key(9), (64, 24))
+    format = parse_format(text)
+    packed = quantize(w, format, (-2, -1) if format.granularity == "tensor" else (-2,))
+    for activations in ((), (("s", parse_format("int8")),)):
+        numerics = Numerics(activations)
+        plain = make_einsum(numerics, {})("TD,DF->TF", x, packed, site="s")
+        form = make_einsum(numerics, {}, packed=functools.partial(packed_product, "cpu"))
+        np.testing.assert_allclose(form("TD,DF->TF", x, packed, site="s"), plain, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(plain, x @ dequantize(packed), rtol=0, atol=0.2 if activations else 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,14 @@ def test_each_token_is_scored_once_behind_enough_context(count, window, stride):
     assert all(context[target] == target for target in context if target <= window)
 
 
+@pytest.mark.parametrize("start", [2, 5])
+def test_ids_before_a_text_are_no_targets(start):
+    found = list(windows(20, 4, 3, start))
+    targets = [t for _, last, scored in found for t in range(last - scored, last)]
+    assert targets == list(range(start, 20))
+    assert all(last - first <= 5 and scored < last - first for first, last, scored in found)
+
+
 def test_windows_of_the_harness_are_the_same():
     utils = pytest.importorskip("lm_eval.utils")
     for count, window, stride in ((2, 4, 4), (9, 4, 4), (23, 8, 3), (24, 8, 8)):

@@ -86,18 +86,31 @@ def test_a_greedy_ending_counts():
     assert [one.greedy for one in found] == [True, False]
 
 
+class Bare:
+    """A tokenizer whose prompts begin with nothing, as GPT-2's."""
+
+    prefix = ()
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
 def test_the_boundary_is_that_of_the_whole():
     bpe = train_bpe(["the cat sat on the mat. " * 20], 270)
     (with_space,) = encode_pairs(bpe, [("the", " cat")])
     (moved,) = encode_pairs(bpe, [("the ", "cat")])
-    (bare,) = encode_pairs(bpe, [("the ", "cat")], bos=False)
+    bare_bpe = Bare(bpe)
+    (bare,) = encode_pairs(bare_bpe, [("the ", "cat")])
     whole = bpe.encode("the cat")
     for pair in (with_space, moved):
         np.testing.assert_array_equal(np.concatenate(pair), [bpe.bos, *whole])
         assert bpe.decode(pair.ending) == " cat"
     np.testing.assert_array_equal(np.concatenate(bare), whole)
     assert len(bpe.encode(" cat")) == len(bpe.encode("cat"))  # or the space would not matter
-    (empty,) = encode_pairs(bpe, [("", "the")], bos=False)
+    (empty,) = encode_pairs(bare_bpe, [("", "the")])
     np.testing.assert_array_equal(empty.context, [bpe.bos])
 
 

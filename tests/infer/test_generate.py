@@ -1,5 +1,7 @@
 """Generation: what comes out is what the whole row's logits say, row by row."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -48,13 +50,13 @@ def test_a_row_is_drawn_alike_in_any_batch():
     model, how = served(MODELS["gqa-untied"]), Sampling(temperature=1.5, top_k=40, seed=5)
     together = generate(model, PROMPTS, max_tokens=STEPS, sampling=how, cache=F32)
     in_turn = generate(model, PROMPTS, max_tokens=STEPS, sampling=how, cache=F32, batch=1)
-    other = generate(model, PROMPTS, max_tokens=STEPS, sampling=Sampling(temperature=1.5, top_k=40, seed=6), cache=F32)
+    again = dataclasses.replace(how, seed=6)
+    other = generate(model, PROMPTS, max_tokens=STEPS, sampling=again, cache=F32)
+    alike = generate(model, [PROMPTS[1]] * 3, max_tokens=STEPS, sampling=how, cache=F32)
     assert [c.ids.tolist() for c in together] == [c.ids.tolist() for c in in_turn]
     assert [c.ids.tolist() for c in together] != [c.ids.tolist() for c in other]
-    assert (
-        together[0].ids.tolist()
-        != generate(model, [PROMPTS[0]] * 2, max_tokens=STEPS, sampling=how, cache=F32)[1].ids.tolist()
-    )
+    assert alike[0].ids.tolist() != alike[2].ids.tolist()  # each row draws for itself
+    assert alike[1].ids.tolist() == together[1].ids.tolist()
 
 
 def test_rows_end_at_stop_ids(oracle):
@@ -120,7 +122,9 @@ def test_what_cannot_be_continued_is_refused(prompts, how, error, said):
 
 def test_rows_longer_than_the_models_positions_are_refused():
     model = served(preset("tiny", context=8))
-    with pytest.raises(ConfigError, match="length: got rows of 9 tokens, expected 1 to 8"):
+    with pytest.raises(
+        ConfigError, match=r"prompt and max_tokens: got 9 tokens a row, expected at most model\.context = 8"
+    ):
         generate(model, [np.arange(5)], max_tokens=4, sampling=GREEDY, cache=F32)
 
 

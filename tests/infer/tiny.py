@@ -8,6 +8,8 @@ import numpy as np
 
 from lmeff.core.batch import Batch
 from lmeff.core.precision import Policy
+from lmeff.core.specs import ParamSpec
+from lmeff.core.tree import map_with_path
 from lmeff.infer.served import Served
 from lmeff.models.config import ModelConfig, MoE, preset
 from lmeff.models.transformer import forward, param_specs, project
@@ -18,10 +20,21 @@ PLAIN = preset("tiny", kv_heads=4)
 MODELS: dict[str, ModelConfig] = {
     "plain": PLAIN,
     "gqa-untied": preset("tiny", tied=False),
-    "window": preset("tiny", window=4),
-    "softcaps": preset("tiny", attention_softcap=2.0, logit_softcap=3.0),
+    "window": preset("tiny", window=4, attention_softcap=2.0, logit_softcap=3.0),
     "moe": preset("moe_tiny", moe=MoE(experts=4, top_k=2, shared=1)),
-    "mixed": preset("tiny", layers=5, window=3, full_layers=(1, 3), rope_local_theta=100.0),
+    "gpt2": preset(
+        "tiny",
+        positions="learned",
+        context=32,
+        norm="layer",
+        activation="gelu",
+        bias="all",
+        attention_scale=0.3,
+        embed_scale=2.0,
+    ),
+    "gemma": preset("tiny", qk_norm="head", norm_at="both", norm_plus_one=True, rope_fraction=0.5),
+    "mixed": preset("tiny", layers=4, window=3, full_layers=(1, 3), rope_local_theta=100.0),
+    "uneven": preset("tiny", layers=5, window=3, full_layers=(2,)),
 }
 MESHES: dict[str, MeshPlan] = {
     "one": MeshPlan(),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lmeff.core.errors import CheckpointError, ConfigError
-from lmeff.core.numerics import dequantize, is_qtensor, parse_format, quantize
+from lmeff.core.numerics import dequantize, is_qtensor, pair, parse_format, quantize
 from lmeff.core.tree import flatten, merge, unflatten
 from lmeff.interop.gguf import export, pack_blocks
 from lmeff.interop.gguf_architectures import architecture_of, rope_factors
@@ -244,6 +244,14 @@ def test_rows_of_interleaved_heads_take_their_codes_and_scales_along(tmp_path):
     rows = np.asarray(written_values(leaf, True)).reshape(2, 64, 32).swapaxes(1, 2)
     order = [h * 16 + (i // 2 if i % 2 == 0 else 8 + i // 2) for h in range(2) for i in range(16)]
     np.testing.assert_array_equal(values(tensors["blk.1.attn_k.weight"]), rows[1][order])
+
+
+def test_codes_that_lie_two_a_byte_are_written_like_any(tmp_path):
+    params = packed("qwen3", "int4/g32")
+    paired = jax.tree.map(lambda x: pair(x) if is_qtensor(x) else x, params, is_leaf=is_qtensor)
+    export(CONFIGS["qwen3"], params, tmp_path / "one.gguf", kind="F32")
+    export(CONFIGS["qwen3"], paired, tmp_path / "two.gguf", kind="F32")
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
 
 
 def test_blocks_are_those_of_the_package():

@@ -179,18 +179,28 @@ def test_every_family_comes_back_byte_for_byte(case, tmp_path):
     assert written["eos_token_id"] == 7
 
 
-@pytest.mark.parametrize("case", ["llama, grouped, untied", "phi3", "qwen3_moe", "gpt2"])
-def test_a_mesh_holds_what_one_device_holds_and_writes_it_alike(case, tmp_path):
-    keys = {**CASES[case], **({"vocab_size": 64} if "gpt2" not in case else {"vocab_size": 64, "n_head": 4})}
+@pytest.mark.parametrize(
+    ("case", "plan", "parts"),
+    [
+        ("llama, grouped, untied", MeshPlan(fsdp=2, tensor=2), 4),
+        ("mistral, window", MeshPlan(pipe=2, fsdp=2, tensor=2), 8),
+        ("phi3", MeshPlan(fsdp=2, tensor=2), 4),
+        ("qwen3_moe", MeshPlan(fsdp=2, tensor=2, expert=2), 4),
+        ("gpt2", MeshPlan(fsdp=2, tensor=2), 4),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_mesh_holds_what_one_device_holds_and_writes_it_alike(case, plan, parts, tmp_path):
+    keys = {**CASES[case], "vocab_size": 64, **({"n_head": 4} if case == "gpt2" else {})}
     values = values_of(shapes_of(keys))
     folder = make_folder(tmp_path / "in", keys, values)
-    mesh = make_layout(MeshPlan(fsdp=2, tensor=2, expert=2 if "moe" in case else 1))
     cfg, alone = load(folder, LAYOUT)
-    _, cut = load(folder, mesh)
+    _, cut = load(folder, make_layout(plan))
     for path, leaf in flatten(cut).items():
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(flatten(alone)[path]), err_msg=path)
-    assert len(flatten(cut)["blocks/attn/wq"].sharding.device_set) == 8
-    assert flatten(cut)["blocks/attn/wq"].addressable_shards[0].data.size * 4 == flatten(alone)["blocks/attn/wq"].size
+    wq = flatten(cut)["blocks/attn/wq"]
+    assert len(wq.sharding.device_set) == 8
+    assert wq.addressable_shards[0].data.size * parts == wq.size
     export(cfg, cut, tmp_path / "out", family=keys["model_type"])
     back = open_tensors(tmp_path / "out")
     for name, value in values.items():
@@ -355,7 +365,7 @@ def test_what_no_family_can_say_is_told(tmp_path):
 
 def test_a_family_that_is_named_must_have_the_words(tmp_path):
     cfg = dataclasses.replace(SMALL, window=4)
-    with pytest.raises(ConfigError, match=r"family 'llama' has words for .*") as raised:
+    with pytest.raises(ConfigError, match=r"family 'llama' has no words for .*") as raised:
         export(cfg, arrays(cfg), tmp_path / "out", family="llama")
     assert "model.window = 4 (it has None)" in str(raised.value)
     with pytest.raises(ConfigError, match=r"family: got 'lama', expected one of llama, mistral"):

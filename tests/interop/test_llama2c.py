@@ -1,6 +1,5 @@
-"""llama2.c's files against an oracle of its own forward pass (neighbouring rotary pairs, float64), and its tokenizer against a search of all pairs."""
+"""llama2.c's files against an oracle of its own forward pass (neighbouring rotary pairs, float64)."""
 
-import itertools
 import struct
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from lmeff.core.batch import Batch
 from lmeff.core.errors import CheckpointError
 from lmeff.core.numerics import QTensor, dequantize, is_qtensor
 from lmeff.core.tree import flatten
-from lmeff.interop.llama2c import ScoredBpe, load, read_file, read_tokenizer
+from lmeff.interop.llama2c import load, read_file
 from lmeff.models.transformer import forward, project
 from lmeff.parallel.mesh import MeshPlan, make_layout
 from lmeff.parallel.seam import layout_ops
@@ -249,145 +248,3 @@ class TestDamagedModel:
     def test_nothing_there(self, tmp_path):
         with pytest.raises(CheckpointError, match="No such file"):
             read_file(tmp_path / "absent.bin")
-
-
-BYTES = [b"<0x%02X>" % byte for byte in range(256)]
-WORDS = [
-    b" ",
-    b"a",
-    b"b",
-    b"c",
-    b"<",
-    b"0",
-    b"x",
-    b"4",
-    b"1",
-    b">",
-    "é".encode(),
-    b"ab",
-    b" a",
-    b"abc",
-    b"bc",
-    b" ab",
-    b"aa",
-    b"aaaa",
-]
-PIECES = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *BYTES, *WORDS]
-
-
-def put_tokenizer(path: Path, pieces=PIECES, longest: int = 8) -> Path:
-    """A tokenizer.bin; scores fall with the id but for one tie."""
-    data = struct.pack("<I", longest)
-    for i, piece in enumerate(pieces):
-        score = -float(len(pieces) - 5 if piece in (b"aa", b"bc") else i)
-        data += struct.pack("<fi", score, len(piece)) + piece
-    path.write_bytes(data)
-    return path
-
-
-def searched(tokenizer: ScoredBpe, text: str) -> list[int]:
-    """Ids by run.c's rule told plainly: of all neighbours whose piece exists, merge the best, the first of equals; again until there is none."""
-    closed = {0, 1, 2, *range(3, 259)}
-    ids = {piece: i for i, piece in enumerate(tokenizer.pieces) if i not in closed}
-    out = [ids[b" "]]
-    for char in text:
-        piece = char.encode()
-        out += [ids[piece]] if piece in ids else [byte + 3 for byte in piece]
-    while True:
-        pairs = [
-            (ids.get(tokenizer.pieces[a] + tokenizer.pieces[b]), i) for i, (a, b) in enumerate(itertools.pairwise(out))
-        ]
-        found = [(-tokenizer.scores[merged], i, merged) for merged, i in pairs if merged is not None]
-        if not found:
-            return out
-        _, at, merged = min(found)
-        out[at : at + 2] = [merged]
-
-
-class TestTokenizer:
-    @pytest.fixture
-    def tokenizer(self, tmp_path):
-        return read_tokenizer(put_tokenizer(tmp_path / "tok.bin"))
-
-    def test_reads_pieces_and_scores(self, tokenizer):
-        assert tokenizer.vocab == len(PIECES)
-        assert tokenizer.pieces == tuple(PIECES)
-        assert tokenizer.scores[5] == -5.0
-        assert (tokenizer.unk, tokenizer.bos, tokenizer.eos) == (0, 1, 2)
-
-    @pytest.mark.parametrize("seed", range(5))
-    def test_merges_as_a_search_of_all_pairs_does(self, tokenizer, seed):
-        text = "".join(np.random.default_rng(seed).choice([*"aaabbc <0x41>é", "日"], 200))
-        assert tokenizer.encode(text).tolist() == searched(tokenizer, text)
-
-    @pytest.mark.parametrize(
-        "text",
-        [
-            "",
-            " ",
-            "  ab  ",
-            "abc",
-            "aaaaaaa",
-            "é日😀",
-            "\n",
-            "<0x41>",
-            "\n<s>\n",
-            "\0",
-        ],
-    )
-    def test_text_comes_back(self, tokenizer, text):
-        ids = tokenizer.encode(text)
-        assert ids.dtype == np.int32
-        assert tokenizer.decode(ids) == text
-        assert tokenizer.decode([tokenizer.bos, *ids, tokenizer.eos]) == text
-
-    def test_control_pieces_and_bytes_never_come_from_text_that_spells_them(self, tokenizer):
-        assert not {0, 1, 2} & set(tokenizer.encode("<unk>\n<s>\n\n</s>\n").tolist())
-        assert ord("A") + 3 not in tokenizer.encode("<0x41>")
-
-    def test_bytes_stand_for_what_no_piece_spells(self, tokenizer):
-        assert tokenizer.encode("日").tolist() == [PIECES.index(b" "), *(byte + 3 for byte in "日".encode())]
-        assert tokenizer.decode([byte + 3 for byte in b"\xe6\x97"]) == "\ufffd"
-
-    def test_only_the_first_space_of_a_text_is_not_its_own(self, tokenizer):
-        word = PIECES.index(b" ab")
-        assert tokenizer.decode([word, word]) == "ab ab"
-        assert tokenizer.decode([word], begins=False) == " ab"
-
-    def test_a_long_text_is_no_square(self, tokenizer):
-        """run.c's search would take minutes."""
-        text = "abc aa " * 20_000
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-
-    @pytest.mark.parametrize(
-        ("damage", "words"),
-        [
-            (lambda b: b[:-1], "piece 276"),
-            (lambda b: b[:2], "longest piece's length"),
-            (lambda b: b + b"\0\0", "score, length and bytes of the next"),
-            (lambda b: changed(b, 8, struct.pack("<i", -1)), "piece 0 of -1 bytes"),
-            (lambda b: changed(b, 8, struct.pack("<i", 9)), "piece 0 of 9 bytes"),
-            (lambda b: changed(b, 4, struct.pack("<f", np.nan)), "score nan"),
-            (lambda b: b[:17], "at least the three control pieces"),
-        ],
-        ids=[
-            "cut off",
-            "empty",
-            "bytes behind",
-            "negative length",
-            "longer than the longest",
-            "no number",
-            "one piece",
-        ],
-    )
-    def test_damage_is_told(self, tmp_path, damage, words):
-        file = put_tokenizer(tmp_path / "tok.bin")
-        file.write_bytes(damage(file.read_bytes()))
-        with pytest.raises(CheckpointError, match=words):
-            read_tokenizer(file)
-
-    def test_bytes_are_all_there_or_none(self, tmp_path):
-        with pytest.raises(CheckpointError, match="255 pieces of bytes"):
-            read_tokenizer(put_tokenizer(tmp_path / "tok.bin", [x for x in PIECES if x != b"<0x07>"]))
-        none = read_tokenizer(put_tokenizer(tmp_path / "none.bin", [*PIECES[:3], *WORDS]))
-        assert none.encode("ab日").tolist() == [[*PIECES[:3], *WORDS].index(b" ab"), 0]

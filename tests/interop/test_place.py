@@ -110,6 +110,15 @@ class TestPlaceLeaf:
         np.testing.assert_array_equal(np.asarray(placed).astype(np.int32), whole.astype(np.int32))
         np.testing.assert_array_equal(fetch(placed, [slice(3, 6)]).astype(np.int32), whole[3:6].astype(np.int32))
 
+    @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (2, 0, 1)], ids=str)
+    @pytest.mark.parametrize(
+        ("source", "target"), [(BF16, BF16), (np.float32, BF16), (BF16, np.float32), (np.int8, np.int8)]
+    )
+    def test_turned_values_are_copied_in_strips(self, order, source, target):
+        values = np.arange(3 * 37 * 20).reshape(3, 37, 20).astype(source).transpose(order)
+        placed = place_leaf(values.shape, target, layout_of("one device").replicated, lambda index: values[index])
+        np.testing.assert_array_equal(np.asarray(placed), values.astype(target))
+
     def test_a_number(self):
         placed = place_leaf((), np.float32, layout_of("data").replicated, lambda index: np.float32(3).reshape(()))
         assert float(placed) == 3

@@ -145,7 +145,9 @@ class TestRoundTrip:
         write_tensors(tmp_path / "m", tensors, tensors.__getitem__)
         assert all(info.start % info.dtype.itemsize == 0 for info in open_tensors(tmp_path / "m").values())
 
-    def test_arrays_of_jax_and_turned_ones_are_written_in_order(self, tmp_path):
+    @pytest.mark.parametrize("copied", [1 << 20, 40, 1], ids=["at once", "some rows", "a row"])
+    def test_arrays_of_jax_and_turned_ones_are_written_in_order(self, tmp_path, monkeypatch, copied):
+        monkeypatch.setattr(tensor_writer, "COPY_BYTES", copied)
         turned = values(np.int32, (3, 5)).T
         specs = {"a": jax.ShapeDtypeStruct((5, 3), np.int32), "b": jax.ShapeDtypeStruct((5, 3), np.int32)}
         with TensorWriter(tmp_path / "m", specs) as writer:
@@ -249,6 +251,10 @@ class TestDamagedFile:
         with pytest.raises(CheckpointError, match="other than 0 and 1"):
             found.read("a")
 
+    def test_a_pipe_is_not_waited_for(self, tmp_path):
+        os.mkfifo(tmp_path / "model.safetensors")
+        refused(tmp_path / "model.safetensors", "no regular file")
+
     @pytest.mark.parametrize("length", [640, 896, 1152, 1408])
     def test_a_header_whose_length_begins_as_a_pickle_does(self, tmp_path, length):
         text = json.dumps({"x": ENTRY}).encode().ljust(length)
@@ -322,6 +328,15 @@ class TestDamagedFolder:
     def test_an_index_that_is_none(self, tmp_path, text):
         put(sharded(tmp_path), "model.safetensors.index.json", text)
         refused(tmp_path, "model.safetensors.index.json")
+
+    def test_an_index_over_the_cap(self, tmp_path):
+        os.truncate(sharded(tmp_path) / "model.safetensors.index.json", container.HEADER_CAP + 1)
+        refused(tmp_path, "model.safetensors.index.json", "100,000,001 bytes")
+
+    def test_a_shard_that_is_a_folder(self, tmp_path):
+        (sharded(tmp_path) / "two.safetensors").unlink()
+        (tmp_path / "two.safetensors").mkdir()
+        refused(tmp_path, "two.safetensors", "no regular file")
 
     def test_a_damaged_shard_is_named(self, tmp_path):
         put(sharded(tmp_path), "two.safetensors", b"<html>")
@@ -403,7 +418,7 @@ class TestAtomic:
         def full(*args):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(os, "pwrite", full)
+        monkeypatch.setattr(os, "write", full)
         with pytest.raises(CheckpointError, match=r"m: could not be written \(No space left on device\)"):
             write_tensors(tmp_path / "m", self.SPECS, lambda name: self.VALUE)
         assert [*tmp_path.iterdir()] == []

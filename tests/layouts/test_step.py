@@ -70,22 +70,22 @@ def test_keeping_less_takes_less_memory(policies):
     assert none > dots > names > full
 
 
-def kept(policy):
-    """Elements of each array that the backward pass of one block is given, other than arguments, from JAX's own list."""
-    cfg, rows, length = MODELS["deep"], 8, 16
+def kept(policy, model="deep"):
+    """Elements of each array that the backward pass of one block is given, other than arguments and constants, from JAX's own list."""
+    cfg, rows, length = MODELS[model], 8, 16
     p = jax.tree.map(lambda w: w[0], make_params(cfg, 0)["blocks"])
     ids = jnp.ones((rows, length), jnp.int32)
     ops = layout_ops(Mesh().layout)({}).ops
 
     def fn(p, x):
-        return block(x, p, Batch(ids, ids, ids, ids, ids), cfg, ops)
+        return block(x, p, Batch(ids, ids, ids, ids, ids), cfg, ops, 0)
 
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         jax.ad_checkpoint.print_saved_residuals(
             wrapper(parse(policy, sites(cfg)))(fn), p, jnp.ones((rows, length, cfg.width))
         )
-    lines = [line for line in text.getvalue().splitlines() if "from the argument" not in line]
+    lines = [line for line in text.getvalue().splitlines() if not re.search("from (the argument|a constant)", line)]
     found = [re.match(r"\w+\[([\d,]+)\]", line) for line in lines if line.startswith("f32")]
     return sorted(math.prod(map(int, match.group(1).split(","))) for match in found if match)
 

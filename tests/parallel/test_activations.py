@@ -1,5 +1,6 @@
 """Bytes kept for the backward pass, against JAX's own list and against what the compiler stacks; and the policy that a budget means."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -25,6 +26,26 @@ def bytes_of(remat, layout=ONE, dtype=jnp.float32, rows=ROWS):
 def test_equals_the_list_of_jax(remat):
     stream = ROWS * TOKENS * CFG.width
     assert bytes_of(remat) == CFG.layers * 4 * (sum(kept(remat)) + stream)
+
+
+@pytest.mark.parametrize("remat", ["full", "names", "dots", "save:attn_out"])
+@pytest.mark.parametrize("model", ["gemma", "olmo", "gpt", "phi"])
+def test_equals_the_list_of_jax_for_families(model, remat):
+    cfg = MODELS[model]
+    want = cfg.layers * 4 * (sum(kept(remat, model)) + ROWS * TOKENS * cfg.width)
+    assert kept_bytes(remat, cfg, ONE, ROWS, TOKENS, jnp.float32) == want
+
+
+@pytest.mark.parametrize("model", ["gemma", "olmo", "gpt", "phi", "tied"])
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_everything_that_is_kept_has_letters(model, platform):
+    """Of a part of the channels that turn, of tables by head, and of a choice between kernels, too; in both forms on the CPU."""
+    cfg = dataclasses.replace(MODELS[model], head_width=128, rope_scaling=None)
+    layout = plan_layout(MeshPlan(), 1, platform)
+    for tokens in (128, 4096):
+        sizes = [kept_bytes(remat, cfg, layout, 1, tokens, jnp.bfloat16) for remat in ORDER]
+        assert sizes == sorted(sizes, reverse=True)
+        assert kept_bytes("none", cfg, layout, 2, tokens, jnp.bfloat16) == pytest.approx(2 * sizes[0], rel=1e-2)
 
 
 def test_half_the_bytes_in_bfloat16_but_for_log_sum_exps():

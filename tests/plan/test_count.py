@@ -23,6 +23,7 @@ from lmeff.plan.count import sites as count_sites
 from lmeff.plan.jaxprs import product_flops, total, traced
 from lmeff.plan.job import Shape
 from lmeff.recipe.artifact import Recipe
+from tests.models.families import FAMILIES
 from tests.models.unrolled import products_only, unrolled
 
 BASE = ModelConfig(vocab=384, width=128, layers=3, heads=8, kv_heads=8, ffn=320)
@@ -36,6 +37,9 @@ CFGS = {
     "shared experts": dataclasses.replace(BASE, moe=MoE(experts=8, top_k=3, shared=2)),
 }
 ROWS, TOKENS = 6, 64
+SIZES = {"layers": 2, "heads": 4, "kv_heads": 2}
+CFGS |= {name: dataclasses.replace(BASE, **(SIZES | changes)) for name, changes in FAMILIES.items()}
+CFGS["gpt 2"] = dataclasses.replace(CFGS["gpt 2"], context=TOKENS)
 
 
 def formula(cfg, rows, tokens):
@@ -64,8 +68,9 @@ def test_equals_the_formula(cfg):
     products, attention = formula(cfg, ROWS, TOKENS)
     assert sum(site.flops for site in found if site.kind == "product") == products
     assert sum(site.flops for site in found if site.kind == "attention") == attention
-    seen = sum(min(t + 1, cfg.window or TOKENS) for t in range(TOKENS)) / TOKENS**2
-    assert {site.visible for site in found if site.kind == "attention"} == {seen}
+    windows = [cfg.window if cfg.window and layer not in cfg.full_layers else TOKENS for layer in range(cfg.layers)]
+    seen = sum(min(t + 1, window) for t in range(TOKENS) for window in windows) / cfg.layers / TOKENS**2
+    assert [site.visible for site in found if site.kind == "attention"] == pytest.approx([seen], rel=1e-12)
     assert sum(site.flops for site in found if site.kind == "lookup") == 0
 
 
@@ -74,6 +79,32 @@ def test_names_are_those_of_the_model(cfg):
     found = [site.name for site in count_sites(Shape(cfg=cfg), 1, TOKENS) if site.equation]
     assert set(found) - {"moe.router"} == set(sites(cfg))
     assert len(found) == len(set(found))
+
+
+def by_hand(cfg):
+    """Parameters, counted leaf by leaf."""
+    d, heads, kv_heads, c = cfg.width, cfg.heads, cfg.kv_heads, cfg.head_size
+    attention = 2 * d * c * (heads + kv_heads)
+    attention += {"none": 0, "qkv": (heads + 2 * kv_heads) * c, "all": (heads + 2 * kv_heads) * c + d}[cfg.bias]
+    attention += {None: 0, "head": 2 * c, "width": (heads + kv_heads) * c}[cfg.qk_norm]
+    ffn = (3 if cfg.gated else 2) * d * cfg.ffn + (cfg.ffn + d) * (cfg.bias == "all")
+    if cfg.moe is not None:
+        ffn = cfg.moe.experts * (ffn + d)
+    norm = d * (2 if cfg.norm == "layer" else 1)
+    norms = norm * (4 if cfg.norm_at == "both" else 2)
+    ends = d * (cfg.vocab * (1 if cfg.tied else 2) + (cfg.context or 0 if cfg.positions == "learned" else 0))
+    return cfg.layers * (attention + ffn + norms) + norm + ends
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_parameters_of_families_are_those_counted_by_hand(name):
+    cfg = CFGS[name]
+    assert count(param_specs(cfg)) == by_hand(cfg)
+    found = count_sites(Shape(cfg=cfg), 1, TOKENS)
+    flops = sum(site.flops * site.visible for site in found) / TOKENS
+    assert flops == pytest.approx(flops_per_token(cfg, TOKENS), rel=1e-4), (
+        "which rounds attention to whole FLOPs a layer"
+    )
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -154,6 +185,13 @@ def test_packed_weights_are_read_as_codes_and_scales():
     assert (plain["mlp.up"].format, both["mlp.up"].format) == ("float32", "int8")
     assert plain["mlp.up"].reads["activation"] == 4 * both["mlp.up"].reads["activation"]
     assert plain["mlp.up"].flops == both["mlp.up"].flops
+    rules = ((r"blocks/.*/(w.|up|gate|down)", "fp8"), (".*", None))
+    floating = dataclasses.replace(coded, transforms=(Quantize(rules=rules),))  # such codes are no integers to sum
+    up = next(s for s in count_sites(Shape(cfg=BASE, recipe=floating), 1, TOKENS) if s.name == "mlp.up")
+    assert (up.format, up.reads) == (
+        "float32",
+        {"activation": 3 * 4 * TOKENS * 128, "weight": 3 * (128 * 320 + 320 * 4)},
+    )
 
 
 def test_density_is_what_the_masks_leave():

@@ -23,6 +23,7 @@ from lmeff.train.local_updates import LocalUpdates
 from lmeff.train.optim import OptimConfig
 from lmeff.train.state import create_state
 from lmeff.train.step import begin
+from tests.models.families import FAMILIES
 
 CFG = ModelConfig(vocab=96, width=64, layers=4, heads=8, kv_heads=4, ffn=128, tied=False)
 EXPERTS = ModelConfig(vocab=96, width=64, layers=2, heads=4, kv_heads=2, ffn=32, moe=MoE(experts=8, shared=1))
@@ -47,6 +48,10 @@ def taught(*transforms, packed=False, cfg=CFG):
 
 def squeezed(*transforms):
     return Recipe(transforms=transforms)
+
+
+def family(name):
+    return dataclasses.replace(CFG, **({"heads": 4, "kv_heads": 4} | FAMILIES[name]))
 
 
 JOBS = {
@@ -82,6 +87,16 @@ JOBS = {
     "local, powersgd": job(
         local=LocalUpdates(axis="dcn"), mesh=MeshPlan(dcn=2, fsdp=2), reduce=Reduce(method="powersgd", rank=2)
     ),
+    "norms on both sides, windows by layer": job(family("gemma 3"), mesh=MeshPlan(fsdp=2, tensor=2)),
+    "norms over heads that are apart": job(
+        family("olmo 2"), mesh=MeshPlan(fsdp=2, tensor=4), optim=OptimConfig(ema=0.9)
+    ),
+    "learned positions": job(family("gpt 2"), mesh=MeshPlan(fsdp=4, tensor=2), rows=8, tokens=12),
+    "learned positions, muon, zero 1": job(
+        family("gpt 2"), mesh=MeshPlan(fsdp=8, zero=1), optim=OptimConfig(name="muon")
+    ),
+    "biased queries, pipe": job(family("qwen 2"), mesh=MeshPlan(pipe=2, fsdp=2), accumulate=4),
+    "scaled rotation, masks": job(family("phi 3"), mesh=MeshPlan(fsdp=4), recipe=squeezed(Prune(pattern="2:4"))),
     "offload": job(mesh=MeshPlan(fsdp=4), optim=OptimConfig(offload=True)),
 }
 

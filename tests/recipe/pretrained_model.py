@@ -7,6 +7,7 @@ import jax
 
 from lmeff.config import ModelConfig
 from lmeff.core.specs import initialize
+from lmeff.core.tree import map_with_path
 from lmeff.data.tokenizer import train_bpe
 from lmeff.interop import hf
 from lmeff.models.transformer import param_specs
@@ -21,9 +22,13 @@ RECIPE = """
 """
 
 
-def write_huggingface(folder: Path, *, seed: int = 0, cfg: ModelConfig = CFG) -> Path:
-    """The folder, complete with tokenizer_config.json and generation_config.json."""
+def write_huggingface(folder: Path, *, seed: int = 0, cfg: ModelConfig = CFG, scale: float | None = None) -> Path:
+    """The folder, complete with tokenizer_config.json and generation_config.json. scale: standard deviation of all weights but norms; their own without."""
     params = initialize(jax.random.key(seed), param_specs(cfg))
+    if scale is not None:
+        params = map_with_path(
+            lambda _, w, spec: w * (scale / spec.scale) if spec.init == "normal" else w, params, param_specs(cfg)
+        )
     place = folder.with_name(folder.name + "-tokenizer")
     place.mkdir(parents=True)
     train_bpe(["the loss of a small model falls when it reads more text than before\n"] * 9, 300).save(

@@ -101,12 +101,18 @@ def test_it_goes_on_without_the_original_and_only_with_the_same(finished):
     assert again(finished)[0] == 0
 
 
-def test_another_place_is_another_config(finished):
+def test_the_same_model_may_lie_elsewhere_and_another_may_not(finished):
     folder = finished[0]
+    shutil.copytree(folder / "hf", folder / "copied")
+    code, _, err = again(finished, "--recipe.teacher.load", folder / "copied")
+    assert code == 0, err
     lmeff_json("import", folder / "hf", folder / "imported")
     code, _, err = again(finished, "--recipe.teacher.load", folder / "imported")
     assert code == 3
-    assert "recipe.teacher.load" in err
+    assert "stage 'teacher'.load" in err
+    code, _, err = again(finished, "--recipe.teacher.load", "None", "--model.vocab", CFG.vocab)
+    assert code == 3
+    assert "recipe.teacher.load: True then, False now" in err
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import MeshPlan
 from lmeff.parallel.rows import place_batch
 from lmeff.recipe.open import open_model
+from lmeff.recipe.sources import load_numbers
 from lmeff.train.evaluate import make_eval_step
 from lmeff.train.runtime import Model
 from tests.recipe.pretrained_model import CFG, write_huggingface
@@ -187,3 +188,52 @@ def test_import_refuses_before_it_writes(places, tmp_path):
     assert "hf" in err
     assert not (tmp_path / "out").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".out")]
+
+
+@pytest.mark.parametrize("format", ["int8", "int4/g16"])
+def test_packed_weights_go_out_and_come_back_bit_for_bit(places, tmp_path, format):
+    answer = lmeff_json(
+        "export", places / "imported", tmp_path / "out", "--format", "compressed-tensors", "--weights", format
+    )
+    assert answer["format"] == "compressed-tensors"
+    sent, back = open_model(places / "imported", weights=format), open_model(tmp_path / "out")
+    for path, x in flatten(sent.served.params).items():
+        y = flatten(back.served.params)[path]
+        assert isinstance(y, QTensor) == isinstance(x, QTensor), path
+        np.testing.assert_array_equal(*(dequantize(z) if isinstance(z, QTensor) else z for z in (x, y)), err_msg=path)
+    assert back.tokenizer.stops == (1, 2)
+    assert "of packed weights" in back.source
+    plain = load_numbers(tmp_path / "out", back.served.layout, jnp.float32)[1]
+    np.testing.assert_array_equal(
+        flatten(plain)["blocks/mlp/up"], dequantize(flatten(sent.served.params)["blocks/mlp/up"])
+    )
+    code, _, err = lmeff("import", tmp_path / "out", tmp_path / "imported")
+    assert code == 3
+    assert "packed (compressed-tensors)" in err
+
+
+def test_plain_weights_are_not_written_as_packed(places, tmp_path):
+    code, _, err = lmeff("export", places / "hf", tmp_path / "out", "--format", "compressed-tensors")
+    assert code == 3
+    assert "--weights" in err
+    code, _, err = lmeff("export", places / "hf", tmp_path / "out", "--pretokenizer", "gpt-2")
+    assert code == 3
+    assert "--pretokenizer" in err
+    code, _, err = lmeff("export", places / "hf", tmp_path / "out", "--format", "gguf-q8_0", "--dtype", "bfloat16")
+    assert code == 3
+    assert "--dtype" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_for_llama_cpp(places, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    code, _, err = lmeff("export", places / "hf", tmp_path / "m.gguf", "--format", "gguf-q8_0")
+    assert code == 3
+    assert "pretokenizer" in err
+    answer = lmeff_json("export", places / "hf", tmp_path / "m.gguf", "--format", "gguf-f32", "--pretokenizer", "gpt-2")
+    assert answer["family"] == "gguf F32"
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    up = np.asarray(flatten(open_model(places / "hf").served.params)["blocks/mlp/up"])[1]
+    np.testing.assert_array_equal(found["blk.1.ffn_up.weight"].data, up.T)
+    assert len(reader.fields["tokenizer.ggml.tokens"].data) == CFG.vocab
