@@ -88,8 +88,7 @@ def make_engine(served: Served, *, batch: int, length: int, cache: CacheFormat, 
 
     Experts take all tokens that choose them, whatever `model.moe.capacity` says: it is a part of a row's length, and a row that grows has none. Rotary scalings
     that look at the row's length ("dynamic", "longrope") turn each key by what it was when the key came, as Hugging Face's caches do.
-    Raises `ConfigError` for meshes that cut layers or rows or do not divide the model, batches that do not divide, and rows longer than the model has positions
-    for.
+    Raises `ConfigError` for meshes that cut layers or rows or do not divide the model, batches that do not divide, and rows beyond its positions.
     """
     check_engine(served, batch, length)
     cfg = served.cfg
