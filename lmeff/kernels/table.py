@@ -8,7 +8,7 @@ Where the plain form moves more than the codes and nothing better is to be had, 
 | cpu | up to 16 tokens; any number with two codes a byte | blocks | XLA writes the whole weight in float32 first |
 | tpu | up to 64 tokens, weights with scales of groups | weights | XLA writes the scales as large as the weight, in float32 |
 | tpu | others | plain | XLA reads codes as they are stored, inside the product; integer products are its own |
-| gpu | codes of activations by weights of at most 4 bits | widened | XLA's compiler for GPUs fails on some of them (one token; jaxlib 0.11.2) unless codes are widened before |
+| gpu | codes of activations by weights of at most 4 bits | widened | XLA fails on some of them otherwise (one token; jaxlib 0.11.2) |
 | others | all | plain | no kernel is written |
 
 What XLA for TPUs does is seen in compiled programs (`tests/kernels/test_kernels_compile.py`), not in times.
