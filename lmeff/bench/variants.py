@@ -8,19 +8,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lmeff.compress.config import MATRICES
 from lmeff.core.errors import UsageError
-from lmeff.core.numerics import is_qtensor, pair, parse_format, quantize
+from lmeff.core.numerics import is_qtensor, parse_format
 from lmeff.core.precision import DTYPES
 from lmeff.core.specs import initialize
-from lmeff.core.tree import Tree, flatten, map_with_path, unflatten
+from lmeff.core.tree import Tree, flatten, map_with_path
 from lmeff.infer.served import Served
 from lmeff.models.cache import CacheFormat, parse_cache
 from lmeff.models.transformer import cast_floating, param_specs
 from lmeff.parallel.mesh import Layout, shardings
+from lmeff.recipe.open import SERVED, pack_leaf
 
 TABLE = "embed/table"
-HELD = f"{MATRICES}|head/w"  # what a packed format packs
 
 
 class Variant(NamedTuple):
@@ -71,22 +70,13 @@ def in_dtype(served: Served, dtype: Any) -> Served:
 
 
 def in_format(served: Served, text: str, *, table: bool = False) -> Served:
-    """Matrices packed in a format, leaf by leaf and placed as the layout cuts them; codes of four bits on one CPU device two a byte (`core.numerics.pair`)."""
+    """Matrices packed in a format, leaf by leaf and placed as the layout cuts them."""
     format, specs = parse_format(text), param_specs(served.cfg)
     table = table and served.cfg.tied
-    paired = format.bits <= 4 and served.layout.single and served.layout.platform == "cpu"
 
     def leaf(path: str, w: Any, spec: Any) -> Any:
-        if not (re.fullmatch(HELD, path) or (table and path == TABLE)):
-            return w
-        axes = spec.own_axes if format.granularity == "tensor" else spec.axes
-
-        def pack(w: jax.Array) -> Tree:
-            packed = quantize(w, format, axes)
-            return unflatten({path: pair(packed) if paired and packed.shape[-1] % 2 == 0 else packed})
-
-        out = shardings(jax.eval_shape(pack, w), unflatten({path: spec}), served.layout)
-        return flatten(jax.jit(pack, out_shardings=out)(w))[path]
+        packs = re.fullmatch(SERVED, path) or (table and path == TABLE)
+        return pack_leaf(path, w, spec, format, served.layout) if packs else w
 
     return dataclasses.replace(served, params=map_with_path(leaf, served.params, specs))
 
