@@ -174,8 +174,12 @@ def test_what_cannot_be_served_is_refused():
         make_engine(model, batch=1, length=0, cache=F32)
     with pytest.raises(ConfigError, match="chunks of 9 tokens, expected at most the block of 8"):
         make_engine(model, batch=1, length=32, cache=parse_cache("int8/channel8"), chunk=9)
+    with pytest.raises(ConfigError, match="which does not divide K = 1 over tensor = 2"):
+        make_engine(served(preset("tiny", kv_heads=1), "data4-tensor2"), batch=4, length=8, cache=F32)
     with pytest.raises(ConfigError, match="batch: got 3 rows, expected a multiple of 4"):
         make_engine(served(preset("tiny"), "data4-tensor2"), batch=3, length=8, cache=F32)
+    with pytest.raises(UsageError, match=r"prefill: got tokens \[1, 4\] and lengths \[5\]"):
+        make_engine(model, batch=1, length=8, cache=F32).prefill(rows(64, 1, 4), [5])
     with pytest.raises(UsageError, match="got 9 tokens, expected at most 8"):
         make_engine(model, batch=1, length=8, cache=F32).prefill(rows(64, 1, 9), [9])
 

@@ -77,7 +77,7 @@ def test_integer_products(chip):
         ((4, 32, 8, 2048, 128), "int8"),
         ((4, 16, 4, 1000, 256), "int4"),
         ((4, 32, 8, 2048, 128), "bfloat16"),
-        ((2, 12, 12, 40, 128), "float32"),
+        ((2, 12, 12, 1000, 128), "float32"),
     ],
     ids=["int8", "int4 of 256 channels", "bfloat16", "float32"],
 )
