@@ -5,7 +5,7 @@ Where the plain form moves more than the codes and nothing better is to be had, 
 
 | platform | products | form | why |
 |---|---|---|---|
-| cpu | up to 16 tokens; any number with two codes a byte | blocks | XLA writes the whole weight in float32 first |
+| cpu | up to 64 tokens; any number with two codes a byte | blocks | XLA writes the whole weight in float32 first |
 | tpu | up to 64 tokens, weights with scales of groups | weights | XLA writes the scales as large as the weight, in float32 |
 | tpu | others | plain | XLA reads codes as they are stored, inside the product; integer products are its own |
 | others | all | plain | no kernel is written |
@@ -149,7 +149,7 @@ def _weights_backward(outputs_first: bool, saved: Any, g_NO: jax.Array) -> Any:
 
 _weights.defvjp(lambda x, w, outputs_first: (_weights(x, w, outputs_first), (w, x[:0])), _weights_backward)
 
-FEW_ON_CPU = 16
+FEW_ON_CPU = 64
 FEW_ON_TPU = 64
 
 RULES: dict[str, Callable[[Product], str]] = {"cpu": _on_cpu, "tpu": _on_tpu}
