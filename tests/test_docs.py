@@ -93,7 +93,7 @@ def test_every_plan_that_is_shown_can_be_asked_for(line, monkeypatch):
 
 def commands(page):
     """Every line of a page's blocks that begins with the command, without its comment."""
-    shown = re.findall(r"^```\n(.*?)```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    shown = re.findall(r"^```\w*\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
     return [
         line.partition(" # ")[0].strip() for block in shown for line in re.findall(r"^lmeff .*", block, re.MULTILINE)
     ]

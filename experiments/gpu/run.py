@@ -111,9 +111,9 @@ def products(options: Options) -> Iterator[Record]:
         w = rng.standard_normal((d, f)).astype(np.float32)
         for text in ("int8", "int4", "int4/g32", "int8-affine/g64"):
             packed = jax.jit(lambda w, text=text: quantize(w, parse_format(text), (-2,)))(w)
-            for dtype in (jnp.float32, jnp.bfloat16):
-                for formats in (FLOATING, Numerics((("mlp.up", QFormat(bits=8)),))):
-                    yield product(layout, jnp.asarray(x, dtype), packed, formats)
+            codes = Numerics((("mlp.up", QFormat(bits=8)),))
+            for dtype, formats in ((jnp.float32, FLOATING), (jnp.bfloat16, FLOATING), (jnp.bfloat16, codes)):
+                yield product(layout, jnp.asarray(x, dtype), packed, formats)
 
 
 def product(layout: Layout, x_BTD: jax.Array, w: QTensor, formats: Numerics) -> Record:

@@ -55,9 +55,9 @@ def words(result: Result) -> list[str]:
     ]
     first = result.runs[0]
     for run in result.runs[1:]:
-        if run.ratio < 1:
+        if run.ratio < 0.995:
             told.append(slower(run, first))
-        elif run.ms.high >= first.ms.low:
+        elif run.ms.high >= first.ms.low or run.ratio < 1:
             told.append(
                 f"{run.name} is not told apart from {first.name}: their quartiles overlap. More turns, or a quieter machine, may tell."
             )

@@ -8,19 +8,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lmeff.compress.config import MATRICES
 from lmeff.core.errors import UsageError
-from lmeff.core.numerics import is_qtensor, parse_format, quantize
+from lmeff.core.numerics import is_qtensor, parse_format
 from lmeff.core.precision import DTYPES
 from lmeff.core.specs import initialize
-from lmeff.core.tree import Tree, flatten, map_with_path, unflatten
+from lmeff.core.tree import Tree, flatten, map_with_path
 from lmeff.infer.served import Served
 from lmeff.models.cache import CacheFormat, parse_cache
 from lmeff.models.transformer import cast_floating, param_specs
 from lmeff.parallel.mesh import Layout, shardings
+from lmeff.recipe.open import SERVED, pack_leaf
 
 TABLE = "embed/table"
-HELD = f"{MATRICES}|head/w"  # what a packed format packs
 
 
 class Variant(NamedTuple):
@@ -76,15 +75,8 @@ def in_format(served: Served, text: str, *, table: bool = False) -> Served:
     table = table and served.cfg.tied
 
     def leaf(path: str, w: Any, spec: Any) -> Any:
-        if not (re.fullmatch(HELD, path) or (table and path == TABLE)):
-            return w
-        axes = spec.own_axes if format.granularity == "tensor" else spec.axes
-
-        def pack(w: jax.Array) -> Tree:
-            return unflatten({path: quantize(w, format, axes)})
-
-        out = shardings(jax.eval_shape(pack, w), unflatten({path: spec}), served.layout)
-        return flatten(jax.jit(pack, out_shardings=out)(w))[path]
+        packs = re.fullmatch(SERVED, path) or (table and path == TABLE)
+        return pack_leaf(path, w, spec, format, served.layout) if packs else w
 
     return dataclasses.replace(served, params=map_with_path(leaf, served.params, specs))
 

@@ -3,12 +3,15 @@
 import hashlib
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lmeff.core.errors import CheckpointError, UserError
+
+STALE = 24 * 3600  # seconds after which a folder that was never finished is cleared away
 
 
 def write_text(path: Path, text: str) -> None:
@@ -51,6 +54,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path` that takes its place when the block ends, and is removed when it raises; raises `CheckpointError` where `path` exists."""
     refuse_existing(path)
     partial = path.absolute().with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    for old in partial.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+        if time.time() - old.stat().st_mtime > STALE:
+            shutil.rmtree(old, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial

@@ -21,8 +21,8 @@ from lmeff.infer.served import Served
 from lmeff.models.cache import Cache, CacheFormat, cache_letters, cache_specs, empty_cache
 from lmeff.models.config import ModelConfig
 from lmeff.models.legal import check_context
-from lmeff.models.transformer import Output, forward, project
-from lmeff.parallel.mesh import BATCH_AXES, Layout
+from lmeff.models.transformer import Output, forward, param_specs, project
+from lmeff.parallel.mesh import BATCH_AXES, Layout, indivisible
 from lmeff.parallel.packed import stored_for
 from lmeff.parallel.seam import layout_ops
 
@@ -88,7 +88,7 @@ def make_engine(served: Served, *, batch: int, length: int, cache: CacheFormat, 
 
     Experts take all tokens that choose them, whatever `model.moe.capacity` says: it is a part of a row's length, and a row that grows has none. Rotary scalings
     that look at the row's length ("dynamic", "longrope") turn each key by what it was when the key came, as Hugging Face's caches do.
-    Raises `ConfigError` for meshes that cut layers or rows, batches that do not divide, and rows longer than the model has positions for.
+    Raises `ConfigError` for meshes that cut layers or rows or do not divide the model, batches that do not divide, and rows beyond its positions.
     """
     check_engine(served, batch, length)
     cfg = served.cfg
@@ -126,6 +126,10 @@ def check_engine(served: Served, batch: int, length: int) -> None:
                 f"mesh.{axis}: got {layout.mesh.shape[axis]} for inference, expected 1: rows and heads are cut, layers and tokens of a row are not. "
                 "Use data, fsdp, expert and tensor."
             )
+    if problems := indivisible(param_specs(cfg), dict(layout.mesh.shape)):
+        raise ConfigError(
+            f"mesh: got {layout.describe()}, which does not divide {', '.join(problems)}; expected divisors. Change the degrees of the mesh."
+        )
     rows = layout.size(BATCH_AXES)
     if batch < 1 or batch % rows:
         raise ConfigError(f"batch: got {batch} rows, expected a multiple of {rows}, the devices that rows are cut over")

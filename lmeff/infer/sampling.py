@@ -52,31 +52,21 @@ def filtered(logits_V: jax.Array, sampling: Sampling) -> jax.Array:
         first = jnp.argmax(logits_V, axis=-1, keepdims=True) == jnp.arange(logits_V.shape[-1])
         return jnp.where(first, 0.0, NEVER)
     logits_V = logits_V.astype(jnp.float32) / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits_V.shape[-1]:
-        logits_V = jnp.where(_ranks(logits_V) < sampling.top_k, logits_V, NEVER)
-    if sampling.top_p < 1:
-        logits_V = jnp.where(_mass_before(logits_V) < sampling.top_p, logits_V, NEVER)
+    if sampling.top_k is not None or sampling.top_p < 1:
+        logits_V = _likeliest(logits_V, sampling.top_k, sampling.top_p)
     if sampling.min_p > 0:
-        far = jnp.log(sampling.min_p)
-        logits_V = jnp.where(logits_V - logits_V.max(-1, keepdims=True) >= far, logits_V, NEVER)
+        near = logits_V - logits_V.max(-1, keepdims=True) >= jnp.log(sampling.min_p)
+        logits_V = jnp.where(near, logits_V, NEVER)
     return logits_V
 
 
-def _order(logits_V: jax.Array) -> jax.Array:
-    """Tokens from the likeliest on; of equally likely ones the first goes first."""
-    return jnp.argsort(-logits_V, axis=-1, stable=True)
-
-
-def _ranks(logits_V: jax.Array) -> jax.Array:
-    return jnp.argsort(_order(logits_V), axis=-1)
-
-
-def _mass_before(logits_V: jax.Array) -> jax.Array:
-    """The probability of all tokens that are likelier."""
-    order = _order(logits_V)
-    likes = jnp.take_along_axis(jax.nn.softmax(logits_V, axis=-1), order, axis=-1)
-    before = jnp.cumsum(likes, axis=-1) - likes
-    return jnp.take_along_axis(before, jnp.argsort(order, axis=-1), axis=-1)
+def _likeliest(logits_V: jax.Array, top_k: int | None, top_p: float) -> jax.Array:
+    """Without all but the k likeliest tokens, and of those without the ones whose likelier ones have `top_p` already; of equally likely ones the first stay."""
+    vocab = logits_V.shape[-1]
+    best_K, tokens_K = jax.lax.top_k(logits_V, vocab if top_k is None else min(top_k, vocab))
+    likes_K = jax.nn.softmax(best_K, axis=-1)
+    kept_K = jnp.where(jnp.cumsum(likes_K, axis=-1) - likes_K < top_p, best_K, NEVER)
+    return jnp.put_along_axis(jnp.full_like(logits_V, NEVER), tokens_K, kept_K, axis=-1, inplace=False)
 
 
 def row_keys(seed: jax.Array, rows_B: jax.Array, steps_B: jax.Array) -> jax.Array:

@@ -192,7 +192,10 @@ def _args(format: QFormat) -> dict[str, Any]:
 def read_schemes(config: Mapping[str, Any], modules: Iterable[str], where: str) -> dict[str, Scheme]:
     """The scheme of every quantized module among the linear ones named; raises `CheckpointError` for what cannot be read without rounding or loss."""
     for key in ("kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config"):
-        if config.get(key):
+        if config.get(key) and config[key] != {
+            **config[key],
+            "format": "dense",
+        }:  # older tools say so where nothing is sparse
             raise _refused(f"{where}.{key}", config[key], "none: it changes more than the matrices")
     groups = [
         (group["targets"], _read_scheme(group, config.get("format"), f"{where}.config_groups.{name}"))

@@ -8,11 +8,13 @@ Where the plain form moves more than the codes and nothing better is to be had, 
 | cpu | up to 64 tokens; any number with two codes a byte | blocks | XLA writes the whole weight in float32 first |
 | tpu | up to 64 tokens, weights with scales of groups | weights | XLA writes the scales as large as the weight, in float32 |
 | tpu | others | plain | XLA reads codes as they are stored, inside the product; integer products are its own |
+| gpu | codes of activations by weights of at most 4 bits | widened | XLA fails on some of them otherwise (one token; jaxlib 0.11.2) |
 | others | all | plain | no kernel is written |
 
 What XLA for TPUs does is seen in compiled programs (`tests/kernels/test_kernels_compile.py`), not in times.
 """
 
+import dataclasses
 import functools
 import logging
 import math
@@ -24,7 +26,8 @@ import jax
 import jax.numpy as jnp
 
 from lmeff.core.dims import contracted, split_einsum
-from lmeff.core.numerics import QFormat, QTensor, dequantize, is_qtensor, pair
+from lmeff.core.numerics import QFormat, QTensor, codes_of, dequantize, is_qtensor, pair
+from lmeff.core.packed import packed_einsum
 from lmeff.kernels.blocks import blocked_product
 from lmeff.kernels.matrix import fits, matrices, outputs_first
 from lmeff.kernels.quantized import refusal, weight_product
@@ -129,6 +132,18 @@ def _on_tpu(product: Product) -> str:
     return "weights" if why is None else plain(f"tpu: {why}")
 
 
+def _on_gpu(product: Product) -> str:
+    if product.activations is not None and not product.weights.is_float and product.weights.bits <= 4:
+        return "widened"
+    return plain("gpu: no kernel is written for this platform")
+
+
+def _widened(x: QTensor, w: QTensor, outputs_first: bool) -> jax.Array:
+    """The integer product, with codes of four bits as int8 in memory: not widened inside the product."""
+    codes = jax.lax.optimization_barrier(codes_of(w).astype(jnp.int8))
+    return packed_einsum("NI,OI->NO" if outputs_first else "NI,IO->NO", x, dataclasses.replace(w, q=codes))
+
+
 def _blocks(x: Any, w: QTensor, outputs_first: bool) -> jax.Array:
     """Codes are multiplied as the numbers they stand for: integer products are slower on CPUs, and these are the same but for the rounding of sums."""
     return blocked_product(dequantize(x) if is_qtensor(x) else x, w, outputs_first)
@@ -152,6 +167,6 @@ _weights.defvjp(lambda x, w, outputs_first: (_weights(x, w, outputs_first), (w, 
 FEW_ON_CPU = 64
 FEW_ON_TPU = 64
 
-RULES: dict[str, Callable[[Product], str]] = {"cpu": _on_cpu, "tpu": _on_tpu}
+RULES: dict[str, Callable[[Product], str]] = {"cpu": _on_cpu, "gpu": _on_gpu, "tpu": _on_tpu}
 
-FORMS: dict[str, Form | None] = {PLAIN: None, "blocks": _blocks, "weights": _weights}
+FORMS: dict[str, Form | None] = {PLAIN: None, "blocks": _blocks, "weights": _weights, "widened": _widened}

@@ -153,7 +153,9 @@ def _traced(remat: str, cfg: ModelConfig, platform: str, tokens: int, dtype: Any
         return jax.vjp(step, x, p)[1]
 
     traced = jax.make_jaxpr(pulled)(x, map_with_path(_layer(dtype), specs), batch).jaxpr
-    given = {id(v) for v in (*traced.invars[1:], *traced.constvars)}  # all but the block's input; which layers see all is a constant
+    given = {
+        id(v) for v in (*traced.invars[1:], *traced.constvars)
+    }  # all but the block's input; which layers see all is a constant
     outs = {id(v): v.aval for v in traced.outvars if id(v) not in given and v.aval.shape}
     letters = _letters_by_size(cfg, rows, tokens)
     return tuple(

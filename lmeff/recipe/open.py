@@ -170,10 +170,11 @@ def quantized(served: Served, format: QFormat, where: str) -> Any:
             f"{where}: weights are packed already, expected no --weights {format}; open the artifact that they were made from, or drop it"
         )
     chosen = [path for path in flat if re.fullmatch(SERVED, path)]
-    return unflatten(flat | {path: _packed(path, flat[path], specs[path], format, served.layout) for path in chosen})
+    return unflatten(flat | {path: pack_leaf(path, flat[path], specs[path], format, served.layout) for path in chosen})
 
 
-def _packed(path: str, w: jax.Array, spec: ParamSpec, format: QFormat, layout: Layout) -> Any:
+def pack_leaf(path: str, w: jax.Array, spec: ParamSpec, format: QFormat, layout: Layout) -> Any:
+    """A weight as codes and scales, placed as the layout cuts it."""
     axes = spec.own_axes if format.granularity == "tensor" else spec.axes
 
     def pack(w: jax.Array) -> Tree:

@@ -1,26 +1,34 @@
 """lmeff bench: numbers of a preset and of a model, as a table and as JSON; bad input in one paragraph."""
 
+import jax
 import pytest
 
 from lmeff.bench.stream import make_stream
+from lmeff.commands.bench import Bench, model_of
+from lmeff.models.config import PRESETS
 from tests.recipe.pretrained_model import write_huggingface
 from tests.runs import lmeff, lmeff_json
 
 SIZES = ("--context", 8, "--tokens", 2, "--turns", 2, "--batch", 8)
 
 
-def test_a_preset_and_a_model(tmp_path, monkeypatch):
+def test_a_model(tmp_path, monkeypatch):
     small = lambda device, size: make_stream(device, 1 << 20)  # noqa: E731 -- what it says of this machine is not looked at
     monkeypatch.setattr("lmeff.bench.measure.make_stream", small)
-    found = lmeff_json("bench", "decode", "tiny", "--formats", "f32", "int8", *SIZES)
+    model = write_huggingface(tmp_path / "hf")
+    found = lmeff_json("bench", "decode", model, "--formats", "f32", "int8", *SIZES)
     assert [run["name"] for run in found["runs"]] == ["f32", "int8"]
     assert found["runs"][0]["ratio"] == 1
     assert found["runs"][1]["stored"] < found["runs"][0]["stored"]
-    assert "random weights" in found["model"]
-    code, out, err = lmeff("bench", "prefill", write_huggingface(tmp_path / "hf"), "--formats", "f32", *SIZES)
-    assert code == 0, err
-    assert "prefill" in out
-    assert "bandwidth" in out
+    assert str(model) in found["model"]
+
+
+@pytest.mark.slow
+def test_a_preset_has_random_weights():
+    served, source = model_of(Bench(kind="decode", model="tiny", precision="params=bfloat16"))
+    assert served.cfg == PRESETS["tiny"]
+    assert {x.dtype.name for x in jax.tree.leaves(served.params)} == {"bfloat16"}
+    assert source == "tiny, random weights"
 
 
 BAD = {

@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from lmeff.infer.sampling import GREEDY, Sampling
 
 from lmeff.core.errors import ConfigError
 from lmeff.evals.perplexity import perplexity
 from lmeff.evals.tasks import read_items, run_task
+from lmeff.infer.sampling import GREEDY, Sampling
 from tests.evals.scored import TOKENIZER, log_probabilities, plain_scorer
 from tests.evals.test_tasks import questions, written
 

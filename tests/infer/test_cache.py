@@ -111,6 +111,29 @@ def test_it_does_not_matter_how_tokens_came(text, window):
         assert_same(format, whole, in_steps(format, k, v, lengths, sizes, **how), lengths, window or tokens)
 
 
+@pytest.mark.parametrize("text", ["float32", "int4", "int8/channel4"])
+def test_tokens_that_are_taken_back_leave_nothing(text):
+    """Three tokens are written at a time and two of them taken back, each time wrong ones."""
+    format, lengths, tokens = parse_cache(text), [19, 7], 20
+    k, v = keys(2, tokens)
+    how = {"tokens": tokens, "window": 5, "chunk": 3}
+    whole, stack = (
+        write_prompt(fresh(format, 2, **how), 0, k, v, prompt_of(lengths, tokens), format),
+        fresh(format, 2, **how),
+    )
+    wrong_k, wrong_v = keys(2, tokens + 3, seed=1)
+    for position in range(19):
+        guess = slice(position, position + 3)
+        own_k, own_v = wrong_k[:, guess].copy(), wrong_v[:, guess].copy()
+        own_k[:, 0], own_v[:, 0] = k[:, position], v[:, position]
+        positions = np.where(position < np.array(lengths)[:, None], position + np.arange(3), -1)
+        new = New(
+            jnp.asarray(positions), jnp.minimum(jnp.array(lengths), position) + jnp.asarray((positions >= 0).sum(1))
+        )
+        stack = write(stack, 0, own_k, own_v, new, format)
+    assert_same(format, whole, stack, lengths, 5)
+
+
 def assert_same(format, one, other, lengths, window):
     """Of each row, what its last `window` tokens left: values, keys in closed blocks, and the tail."""
     for row, length in enumerate(lengths):

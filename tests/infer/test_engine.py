@@ -1,5 +1,6 @@
 """A prompt and single tokens through the cache are the plain forward pass."""
 
+import dataclasses
 import re
 
 import jax
@@ -7,11 +8,14 @@ import numpy as np
 import pytest
 
 from lmeff.core.errors import ConfigError, UsageError
+from lmeff.core.numerics import parse_format
+from lmeff.core.ops import Numerics
 from lmeff.infer import engine as engine_module
 from lmeff.infer.engine import decode, make_engine
 from lmeff.models.cache import CacheFormat, cache_bytes, parse_cache
 from lmeff.models.config import preset
-from tests.infer.tiny import MESHES, MODELS, full_logits, rows, served
+from lmeff.models.transformer import sites
+from tests.infer.tiny import MESHES, MODELS, full_logits, pack, rows, served
 
 F32 = CacheFormat(numbers="float32")
 LENGTH = 18
@@ -50,6 +54,25 @@ def test_prompt_and_tokens_are_the_whole_row(name, mesh):
     np.testing.assert_allclose(found, at(full_logits(model, tokens), PROMPTS, steps), atol=1e-5)
     assert np.asarray(cache.length_B).tolist() == (PROMPTS + steps).tolist()
     assert np.abs(found).max() > 1  # the model says something
+
+
+def test_packed_weights_and_rounded_activations_are_served():
+    """Packed matrices exactly; activations on calibrated grids but for what a last bit may send to the next step of a grid."""
+    model, tokens = served(MODELS["gqa-untied"]), rows(64, 4, LENGTH)
+    packed = dataclasses.replace(model, params=pack(model, "int4/g8"))
+    found, _ = replayed(make_engine(packed, batch=4, length=LENGTH, cache=F32), tokens, PROMPTS, 4)
+    want = at(full_logits(packed, tokens), PROMPTS, 4)
+    np.testing.assert_allclose(found, want, atol=1e-5)
+    assert np.abs(want - at(full_logits(model, tokens), PROMPTS, 4)).max() > 0.1
+    grid = parse_format("int8/tensor")
+    numerics = Numerics(tuple((site, grid) for site in sorted(sites(model.cfg))))
+    ranges = {site: np.array([[-4.0, 4.0], [-6.0, 6.0]], np.float32) for site in sites(model.cfg) if site != "head"}
+    rounded = dataclasses.replace(
+        packed, numerics=numerics, ranges={**ranges, "head": np.array([-4.0, 4.0], np.float32)}
+    )
+    found, _ = replayed(make_engine(rounded, batch=4, length=LENGTH, cache=F32), tokens, PROMPTS, 4)
+    assert np.abs(found - at(full_logits(rounded, tokens), PROMPTS, 4)).mean() < 1e-3
+    assert np.abs(found - want).mean() > 5e-3
 
 
 @pytest.mark.parametrize("name", ["window", "uneven"])
@@ -151,8 +174,12 @@ def test_what_cannot_be_served_is_refused():
         make_engine(model, batch=1, length=0, cache=F32)
     with pytest.raises(ConfigError, match="chunks of 9 tokens, expected at most the block of 8"):
         make_engine(model, batch=1, length=32, cache=parse_cache("int8/channel8"), chunk=9)
+    with pytest.raises(ConfigError, match="which does not divide K = 1 over tensor = 2"):
+        make_engine(served(preset("tiny", kv_heads=1), "data4-tensor2"), batch=4, length=8, cache=F32)
     with pytest.raises(ConfigError, match="batch: got 3 rows, expected a multiple of 4"):
         make_engine(served(preset("tiny"), "data4-tensor2"), batch=3, length=8, cache=F32)
+    with pytest.raises(UsageError, match=r"prefill: got tokens \[1, 4\] and lengths \[5\]"):
+        make_engine(model, batch=1, length=8, cache=F32).prefill(rows(64, 1, 4), [5])
     with pytest.raises(UsageError, match="got 9 tokens, expected at most 8"):
         make_engine(model, batch=1, length=8, cache=F32).prefill(rows(64, 1, 9), [9])
 

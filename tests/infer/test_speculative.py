@@ -9,15 +9,12 @@ import numpy as np
 import pytest
 
 from lmeff.core.errors import ConfigError, UsageError
-from lmeff.core.numerics import parse_format, quantize
-from lmeff.core.tree import map_with_path
 from lmeff.infer.generate import generate
 from lmeff.infer.sampling import GREEDY, Sampling
 from lmeff.infer.speculative import generate_ahead, judge
 from lmeff.models.cache import CacheFormat, parse_cache
 from lmeff.models.config import preset
-from lmeff.models.transformer import param_specs
-from tests.infer.tiny import MODELS, rows, served
+from tests.infer.tiny import MODELS, pack, rows, served
 
 F32 = CacheFormat(numbers="float32")
 PROMPTS = [rows(64, 1, n, seed=n)[0] for n in (3, 7, 1)]
@@ -85,18 +82,6 @@ def test_a_certain_model_keeps_what_it_would_have_said(likely, guessed, kept, to
     assert [int(x[0]) for x in got] == [kept, token]
 
 
-def packed(model, text):
-    """The same model with its blocks' matrices as integers."""
-    specs = param_specs(model.cfg)
-    format = parse_format(text)
-    params = map_with_path(
-        lambda path, spec, w: quantize(w, format, spec.axes) if spec.is_matmul and path.startswith("blocks") else w,
-        specs,
-        model.params,
-    )
-    return dataclasses.replace(model, params=params)
-
-
 @pytest.mark.parametrize(
     ("mesh", "name"), [("one", "window"), pytest.param("data4-tensor2", "mixed", marks=pytest.mark.slow)]
 )
@@ -122,7 +107,7 @@ def test_a_draft_that_is_the_model_is_always_right():
 def test_a_draft_that_is_the_model_rounded_is_nearly_always_right():
     target = served(MODELS["gqa-untied"])
     how = {"max_tokens": 20, "sampling": GREEDY, "cache": F32}
-    rounded = packed(target, "int8")
+    rounded = dataclasses.replace(target, params=pack(target, "int8"))
     made = generate_ahead(target, rounded, PROMPTS, draft_cache=parse_cache("int8"), guesses=3, **how)
     assert made.rate > 0.6
     assert made.rounds < 15

@@ -1,4 +1,4 @@
-"""A step of decoding compiled for TPUs: the cache stays where it is."""
+"""Steps of decoding compiled for TPUs: the cache stays where it is."""
 
 import re
 
@@ -8,7 +8,7 @@ import pytest
 
 from lmeff.core.precision import parse
 from lmeff.core.specs import abstract
-from lmeff.infer.engine import decode, make_engine
+from lmeff.infer.engine import decode, extend, make_engine
 from lmeff.infer.served import Served
 from lmeff.models.cache import cache_bytes, parse_cache
 from lmeff.models.config import ModelConfig
@@ -24,8 +24,8 @@ CFG = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("text", ["bfloat16", "int8"])
-def test_keys_and_values_are_not_copied(text):
+@pytest.mark.parametrize(("chunk", "text"), [(1, "bfloat16"), (1, "int8"), (8, "bfloat16")])
+def test_keys_and_values_are_not_copied(chunk, text):
     """4096 tokens of 8 rows over data 2 x tensor 2; XLA may lay out scales anew, a thirtieth of the bytes."""
     layout, specs = make_layout(MeshPlan(data=2, tensor=2), topology("v5e:2x2")), param_specs(CFG)
     weights = abstract(specs, jnp.bfloat16)
@@ -34,10 +34,14 @@ def test_keys_and_values_are_not_copied(text):
     )
     policy = parse("params=bfloat16,compute=bfloat16,output=bfloat16")
     model = Served(cfg=CFG, params=weights, layout=layout, policy=policy)
-    engine = make_engine(model, batch=8, length=4096, cache=parse_cache(text))
-    tokens = jax.ShapeDtypeStruct((8,), jnp.int32, sharding=layout.sharding("B", (8,)))
+    engine = make_engine(model, batch=8, length=4096, cache=parse_cache(text), chunk=chunk)
+
+    def integers(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.sharding("BS"[: len(shape)], shape))
+
     with jax.default_matmul_precision("default"):
-        program = decode.lower(engine.program, engine.weights, engine.specs, tokens).compile()
+        step, new = (decode, [integers(8)]) if chunk == 1 else (extend, [integers(8, chunk), integers(8)])
+        program = step.lower(engine.program, engine.weights, engine.specs, *new).compile()
     memory, held = program.memory_analysis(), cache_bytes(engine.specs) // 4
     assert held <= memory.alias_size_in_bytes < 1.01 * held
     assert memory.temp_size_in_bytes < 0.2 * held

@@ -1,12 +1,14 @@
 """Small models to serve, and their logits from one plain forward pass over the whole row."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lmeff.core.batch import Batch
+from lmeff.core.numerics import parse_format, quantize
 from lmeff.core.precision import Policy
 from lmeff.core.specs import ParamSpec
 from lmeff.core.tree import map_with_path
@@ -58,6 +60,16 @@ def served(cfg: ModelConfig, mesh: str = "one", seed: int = 0) -> Served:
     params = map_with_path(leaf, specs)
     params = jax.device_put(params, shardings(params, specs, layout))
     return Served(cfg=cfg, params=params, layout=layout, policy=Policy())
+
+
+def pack(model: Served, text: str) -> Any:
+    """Its parameters with the blocks' matrices as integers."""
+    format = parse_format(text)
+
+    def leaf(path: str, spec: ParamSpec, w: jax.Array) -> Any:
+        return quantize(w, format, spec.axes) if spec.is_matmul and path.startswith("blocks/") else w
+
+    return jax.jit(lambda params: map_with_path(leaf, param_specs(model.cfg), params))(model.params)
 
 
 @functools.lru_cache

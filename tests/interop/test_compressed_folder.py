@@ -284,3 +284,71 @@ def test_transformers_computes_the_same_with_codes_as_with_numbers(family, forma
             found.append(loaded(ids, use_cache=False).logits.numpy())
     assert np.abs(found[0] - found[1]).max() <= 1e-6 * np.abs(found[1]).max()
     assert np.abs(found[1]).max() > 1e-2
+
+
+# As the package's own tools write them: symmetric codes down to -8, scales of any bits and in half precision, a scale for every output in one dim.
+THEIRS = {
+    "int4 in groups": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 8}},
+    "int4 in groups longer than heads": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 16}},
+    "int8 with zero points": {"weights": {"num_bits": 8, "symmetric": False, "strategy": "channel"}},
+    "int8 and inputs": {
+        "weights": {"num_bits": 8, "strategy": "channel"},
+        "input_activations": {"num_bits": 8, "strategy": "token", "dynamic": True},
+    },
+    "fp8 and inputs": {
+        "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+        "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+    },
+    "fp8, one scale": {"weights": {"num_bits": 8, "type": "float", "strategy": "tensor"}},
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", THEIRS)
+def test_folders_of_the_package_are_read_to_its_own_values(case, dtype, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from safetensors.torch import save_file
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    told = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(told).to(getattr(torch, dtype))
+    group = {"targets": ["Linear"], **THEIRS[case]}
+    apply_quantization_config(theirs, QuantizationConfig(config_groups={"group_0": group}, ignore=["lm_head"]))
+    for module in theirs.modules():
+        if hasattr(module, "weight_scale"):
+            module.weight_scale.data.copy_(torch.rand_like(module.weight_scale) * 0.01 + 0.002)
+            if getattr(module, "weight_zero_point", None) is not None and not THEIRS[case]["weights"].get(
+                "symmetric", True
+            ):
+                module.weight_zero_point.data.copy_(torch.randint_like(module.weight_zero_point, -100, 100))
+    compressor = ModelCompressor.from_pretrained_model(theirs)
+    compressor.compress_model(theirs)
+    theirs.config.save_pretrained(tmp_path)
+    compressor.update_config(tmp_path)
+    save_file({name: x.contiguous() for name, x in theirs.state_dict().items()}, tmp_path / "model.safetensors")
+    compressor.decompress_model(theirs)
+    found = load(tmp_path, ONE)
+    assert bool(found.numerics.activations) == ("input_activations" in group)
+    params = jax.jit(materialize)(found.params)
+    for i in range(2):
+        attn, mlp = theirs.model.layers[i].self_attn, theirs.model.layers[i].mlp
+        for name in ("up", "gate", "down"):
+            want = getattr(mlp, f"{name}_proj").weight.detach()
+            got = params["blocks"]["mlp"][name][i]
+            assert got.dtype == dtype
+            np.testing.assert_array_equal(np.asarray(got.astype(jnp.float32)), want.float().numpy().T, err_msg=name)
+        for name in "qkv":
+            want = getattr(attn, f"{name}_proj").weight.detach().float().numpy().T
+            got = np.asarray(params["blocks"]["attn"][f"w{name}"][i].astype(jnp.float32))
+            np.testing.assert_array_equal(got.reshape(want.shape), want, err_msg=name)
+        want = attn.o_proj.weight.detach().float().numpy().T
+        np.testing.assert_array_equal(
+            np.asarray(params["blocks"]["attn"]["wo"][i].astype(jnp.float32)).reshape(want.shape), want
+        )

@@ -207,6 +207,18 @@ def test_several_schemes_say_each_their_modules():
     assert read_schemes(config, [*LINEAR, "model.layers.0.self_attn.q_proj.deeper"], "c") == schemes
 
 
+def test_keys_that_say_nothing_are_taken():
+    scheme = scheme_for(parse_format("int8"))
+    config = quantization_config({"m": scheme}) | {
+        "sparsity_config": {"format": "dense"},
+        "transform_config": {},
+        "version": "0.15.0",
+    }
+    assert read_schemes(config, ["m"], "config") == {"m": scheme}
+    with pytest.raises(CheckpointError, match=r"config.sparsity_config: got .*sparse-24"):
+        read_schemes(config | {"sparsity_config": {"format": "sparse-24-bitmask"}}, ["m"], "config")
+
+
 REFUSED = {
     "a rotation": ({"transform_config": {"a": 1}}, r"config.transform_config"),
     "a cache": ({"kv_cache_scheme": {"num_bits": 8}}, r"config.kv_cache_scheme"),

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmeff.core.dims import contracted
 from lmeff.core.numerics import dequantize, parse_format, quantize
 from lmeff.core.ops import Numerics, make_einsum
+from lmeff.core.packed import packed_einsum
 from lmeff.kernels import table
 from lmeff.kernels.table import FORMS, RULES, Product, choose, form_of, packed_product
 from lmeff.parallel.mesh import MeshPlan, make_layout
@@ -49,6 +51,7 @@ CHOICES = [
     ("tied head on TPUs", {"outputs_first": True, "weights": parse_format("int4/g128")}, "weights"),
     ("few tokens on CPUs", {"platform": "cpu", "tokens": 64}, "blocks"),
     ("many tokens on CPUs", {"platform": "cpu", "tokens": 65}, "plain"),
+    ("codes by four bits on GPUs", {"platform": "gpu", "activations": parse_format("int8")}, "widened"),
     ("many tokens and pairs on CPUs", {"platform": "cpu", "tokens": 999, "paired": True}, "blocks"),
 ]
 
@@ -80,7 +83,7 @@ def test_a_fallback_is_told_once(fields, words, caplog):
 
 def test_every_rule_chooses_among_the_forms():
     assert {c[2] for c in CHOICES} == set(FORMS)
-    assert set(RULES) == {"cpu", "tpu"}
+    assert set(RULES) == {"cpu", "gpu", "tpu"}
 
 
 @pytest.mark.parametrize("format", ["int8", "int4/g8", "int8-affine/tensor"])
@@ -90,6 +93,17 @@ def test_products_on_cpus_equal_the_plain_form(equation, format):
     made = jax.jit(functools.partial(packed_product, "cpu", equation))(x, w)
     want = np.einsum(equation, np.asarray(x, np.float64), np.asarray(dequantize(w), np.float64))
     np.testing.assert_allclose(made, want, atol=1e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("format", ["int4", "int4-affine/g8"])
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_widened_codes_give_the_same_product(equation, format):
+    x, w = operands(equation, format)
+    axes = tuple(range(-len(contracted(equation)), 0))
+    codes = quantize(x, parse_format("int8"), axes)
+    made = jax.jit(functools.partial(packed_product, "gpu", equation))(codes, w)
+    want = packed_einsum(equation, codes, w)
+    np.testing.assert_allclose(made, want, atol=1e-6 * float(jnp.abs(want).max()))
 
 
 def test_what_is_no_product_of_matrices_is_left_to_the_plain_form():

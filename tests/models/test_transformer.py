@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -316,6 +317,17 @@ def loops(**changes):
 
     traced = jax.make_jaxpr(jax.grad(loss))(abstract(param_specs(cfg)), make_batch())
     return [eqn for eqn in traced.eqns if eqn.primitive.name == "scan" and eqn.params["length"] == cfg.layers]
+
+
+def test_a_plain_model_computes_nothing_of_what_it_does_not_have():
+    """Of one layer forward: two norms; nothing is chosen, looked up, or measured of documents."""
+    names = Counter(eqn.primitive.name for eqn in loops(window=None)[0].params["jaxpr"].eqns)
+    none = ("cond", "select_n", "gather", "scatter_max")
+    assert {name: names[name] for name in ("rsqrt", *none)} == {"rsqrt": 2, **dict.fromkeys(none, 0)}
+    everything = Counter(
+        eqn.primitive.name for eqn in loops(full_layers=(1,), norm_at="both", qk_norm="width")[0].params["jaxpr"].eqns
+    )
+    assert (everything["rsqrt"], everything["cond"]) == (6, 1)
 
 
 def test_layers_that_differ_choose_inside_attention_and_keep_nothing_twice():

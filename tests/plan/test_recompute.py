@@ -104,6 +104,19 @@ def test_the_compiler_computes_the_same_again():
 @pytest.mark.parametrize(("platform", "tokens", "times"), [("cpu", 64, 2.5), ("cpu", 4096, 2.5), ("tpu", 4096, 3.5)])
 def test_products_of_an_attention_kernels_backward_pass(platform, tokens, times):
     assert attention_backward(platform, tokens, 8, 2, 128) == times
+    assert attention_backward(platform, tokens, 8, 2, 128, mixed=True) == times + (platform == "tpu"), "a pass forward"
+
+
+def test_the_tpus_attention_runs_forward_again_where_layers_differ():
+    q, ids = jax.ShapeDtypeStruct((1, 128, 1, 128), jnp.float32), jax.ShapeDtypeStruct((1, 128), jnp.int32)
+
+    def gradients(q, ids, full):
+        return jax.grad(lambda *qkv: jnp.square(splash.attend(*qkv, ids, Mask(64, None), full)).sum(), (0, 1, 2))(
+            q, q, q
+        )
+
+    found = total(traced(gradients, q, ids, jax.ShapeDtypeStruct((), bool)), product_flops())
+    assert found == pytest.approx(4 * 128**3 * (1 + attention_backward("tpu", 128, 1, 1, 128, mixed=True)), rel=0.01)
 
 
 @pytest.mark.parametrize("remat", ["dots", "names"])

@@ -28,7 +28,10 @@ def test_llama_2_13b_caches_6_7_gigabytes_for_a_row_of_8192():
     assert cache_bytes(cfg, "bfloat16", 1, 8192) == pytest.approx(6.7e9, rel=0.01)
     assert cache_bytes(cfg, "int8", 1, 8192) == pytest.approx(6.7e9 / 2 * (1 + 4 / 128), rel=0.01)
     assert cache_bytes(cfg, "int4", 1, 8192) == pytest.approx(6.7e9 / 4 * (1 + 8 / 128), rel=0.01)
-    assert cache_bytes(dataclasses.replace(cfg, window=1024), "bfloat16", 1, 8192) == pytest.approx(6.7e9 / 8, rel=0.01)
+    windowed = dataclasses.replace(cfg, window=1024)
+    assert cache_bytes(windowed, "bfloat16", 1, 8192) == pytest.approx(6.7e9 / 8, rel=0.01)
+    mixed = dataclasses.replace(windowed, full_layers=tuple(range(0, 40, 4)))
+    assert cache_bytes(mixed, "bfloat16", 1, 8192) == pytest.approx(6.7e9 * (1 / 4 + 3 / 4 / 8), rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,11 @@ def test_weights_are_quantized_on_opening(places, format):
         np.testing.assert_array_equal(x.q, expected.q, err_msg=path)
         np.testing.assert_array_equal(dequantize(x), dequantize(expected), err_msg=path)
     assert format in opened.source
-    assert np.abs(nats(opened.served) - nats(open_model(places / "hf").served)).mean() < 0.1
+
+
+def test_a_model_of_quantized_weights_is_near_the_plain_one(places):
+    plain, rounded = open_model(places / "hf"), open_model(places / "hf", weights="int8", mesh=MeshPlan(tensor=2))
+    assert 0 < np.abs(nats(rounded.served) - nats(plain.served)).mean() < 0.01
 
 
 def broken_copy(places, tmp_path, name, change):

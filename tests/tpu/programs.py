@@ -26,12 +26,12 @@ MIXED = "params=float32,compute=bfloat16,output=bfloat16,state=float32"
 
 
 @functools.cache
-def compiled(name, plan, rows, remat="full", offload=False):
+def compiled(name, plan, rows, remat="full", offload=False, cfg=CFG):
     """(the state's shapes and shardings, the compiled step) of a plan on a topology."""
     layout = make_layout(plan, topology(name))
     job = Job(
         name="step",
-        student=Shape(cfg=CFG),
+        student=Shape(cfg=cfg),
         precision=MIXED,
         mesh=plan,
         devices=layout.mesh.size,

@@ -1,6 +1,8 @@
 """Train steps of four layers, compiled for real TPU topologies: bytes of arguments, collectives, and nothing large left whole."""
 
+import dataclasses
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -158,3 +160,12 @@ def test_offloaded_moments_are_arguments_in_the_host_memory():
     assert sorted(shape for shape, _, host in found if host) == sorted(moments)
     assert memory.host_argument_size_in_bytes == sum(size for _, size, host in found if host)
     assert memory.argument_size_in_bytes == sum(size for _, size, host in found if not host)
+
+
+def test_layers_that_differ_choose_between_kernels():
+    """Once forward and once backward, with norms over heads that are on several chips."""
+    cfg = dataclasses.replace(CFG, head_width=128, window=64, full_layers=(1,), norm_at="both", qk_norm="width")
+    _, step = compiled("v5e:2x2", MeshPlan(fsdp=2, tensor=2), 4, "names", cfg=cfg)
+    text = step.as_text()
+    assert "splash" in text
+    assert len(re.findall(r" conditional\(", text)) == 2
