@@ -5,7 +5,7 @@ Where the plain form moves more than the codes and nothing better is to be had, 
 
 | platform | products | form | why |
 |---|---|---|---|
-| cpu | up to 16 tokens; any number with two codes a byte | blocks | XLA writes the whole weight in float32 first |
+| cpu | up to 64 tokens; any number with two codes a byte | blocks | XLA writes the whole weight in float32 first |
 | tpu | up to 64 tokens, weights with scales of groups | weights | XLA writes the scales as large as the weight, in float32 |
 | tpu | others | plain | XLA reads codes as they are stored, inside the product; integer products are its own |
 | gpu | codes of activations by weights of at most 4 bits | widened | XLA fails on some of them otherwise (one token; jaxlib 0.11.2) |
@@ -164,7 +164,7 @@ def _weights_backward(outputs_first: bool, saved: Any, g_NO: jax.Array) -> Any:
 
 _weights.defvjp(lambda x, w, outputs_first: (_weights(x, w, outputs_first), (w, x[:0])), _weights_backward)
 
-FEW_ON_CPU = 16
+FEW_ON_CPU = 64
 FEW_ON_TPU = 64
 
 RULES: dict[str, Callable[[Product], str]] = {"cpu": _on_cpu, "gpu": _on_gpu, "tpu": _on_tpu}

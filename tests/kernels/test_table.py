@@ -49,8 +49,8 @@ CHOICES = [
     ("a scale an output on TPUs", {"weights": parse_format("int4")}, "plain"),
     ("many tokens on TPUs", {"tokens": 65}, "plain"),
     ("tied head on TPUs", {"outputs_first": True, "weights": parse_format("int4/g128")}, "weights"),
-    ("few tokens on CPUs", {"platform": "cpu", "tokens": 16}, "blocks"),
-    ("many tokens on CPUs", {"platform": "cpu", "tokens": 17}, "plain"),
+    ("few tokens on CPUs", {"platform": "cpu", "tokens": 64}, "blocks"),
+    ("many tokens on CPUs", {"platform": "cpu", "tokens": 65}, "plain"),
     ("codes by four bits on GPUs", {"platform": "gpu", "activations": parse_format("int8")}, "widened"),
     ("many tokens and pairs on CPUs", {"platform": "cpu", "tokens": 999, "paired": True}, "blocks"),
 ]
