@@ -17,7 +17,7 @@ from lmeff.infer.served import Served
 from lmeff.models.cache import CacheFormat, parse_cache
 from lmeff.models.transformer import cast_floating, param_specs
 from lmeff.parallel.mesh import Layout, shardings
-from lmeff.recipe.open import SERVED, pack_leaf, reads_pairs
+from lmeff.recipe.open import SERVED, pack_leaf
 
 TABLE = "embed/table"
 
@@ -70,14 +70,13 @@ def in_dtype(served: Served, dtype: Any) -> Served:
 
 
 def in_format(served: Served, text: str, *, table: bool = False) -> Served:
-    """Matrices packed in a format, leaf by leaf and placed as the layout cuts them; codes of four bits on one CPU device two a byte (`core.numerics.pair`)."""
+    """Matrices packed in a format, leaf by leaf and placed as the layout cuts them."""
     format, specs = parse_format(text), param_specs(served.cfg)
     table = table and served.cfg.tied
-    paired = reads_pairs(format, served.layout)
 
     def leaf(path: str, w: Any, spec: Any) -> Any:
         packs = re.fullmatch(SERVED, path) or (table and path == TABLE)
-        return pack_leaf(path, w, spec, format, served.layout, paired=paired) if packs else w
+        return pack_leaf(path, w, spec, format, served.layout) if packs else w
 
     return dataclasses.replace(served, params=map_with_path(leaf, served.params, specs))
 

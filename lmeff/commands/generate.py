@@ -106,7 +106,6 @@ def write_text(command: Generate, overrides: Sequence[str], console: Console) ->
         mesh=command.mesh,
         precision=command.precision,
         weights=command.weights,
-        paired=True,
     )
     tokenizer = need_tokenizer(opened, command.path)
     draft = None if command.draft is None else open_model(command.draft, mesh=command.mesh).served

@@ -15,7 +15,7 @@ from lmeff.config.files import FILE, read
 from lmeff.config.loads import Loaded, describe, is_huggingface, kept
 from lmeff.config.validate import check_cuts, shapes
 from lmeff.core.errors import CheckpointError, ConfigError
-from lmeff.core.numerics import QFormat, is_qtensor, pair, parse_format, quantize
+from lmeff.core.numerics import QFormat, is_qtensor, parse_format, quantize
 from lmeff.core.precision import Policy, parse
 from lmeff.core.specs import ParamSpec
 from lmeff.core.tree import Tree, flatten, unflatten
@@ -57,7 +57,6 @@ def open_model(
     devices: Sequence[Any] | None = None,
     precision: str | None = None,
     weights: str | None = None,
-    paired: bool = False,
 ) -> OpenModel:
     """The model at `path`: a run's folder, a model folder, or a Hugging Face folder.
 
@@ -65,7 +64,6 @@ def open_model(
     artifact:  of a run, by name; None takes the last stage that is done.
     precision: a policy, as the config has it; None takes the run's own, or computes in float32 on CPUs and elsewhere in what is stored.
     weights:   quantizes the blocks' matrices and an untied head on opening: "int8", "int4/g32", ...
-    paired:    four-bit codes of `weights` two a byte where this device reads them faster so; only for products, not to be written.
 
     Raises `CheckpointError` where there is no model or a damaged one, `ConfigError` for a mesh, precision or format that does not fit.
     """
@@ -81,7 +79,7 @@ def open_model(
         opened = _open_folder(path, layout, policy)
     if format is None:
         return opened
-    served = dataclasses.replace(opened.served, params=quantized(opened.served, format, str(path), paired=paired))
+    served = dataclasses.replace(opened.served, params=quantized(opened.served, format, str(path)))
     return opened._replace(served=served, source=f"{opened.source}, weights {format}")
 
 
@@ -164,7 +162,7 @@ def load_done(experiment: Experiment, directory: Path, name: str | None, layout:
     return artifacts.load(name, recipes[name], place, layout, parse(experiment.precision).params)
 
 
-def quantized(served: Served, format: QFormat, where: str, *, paired: bool = False) -> Any:
+def quantized(served: Served, format: QFormat, where: str) -> Any:
     """The parameters with every matrix product's weight packed, one leaf after the other: routers, norms and the embedding stay as they are."""
     specs, flat = flatten(param_specs(served.cfg)), flatten(served.params)
     if any(is_qtensor(x) for x in flat.values()):
@@ -172,25 +170,16 @@ def quantized(served: Served, format: QFormat, where: str, *, paired: bool = Fal
             f"{where}: weights are packed already, expected no --weights {format}; open the artifact that they were made from, or drop it"
         )
     chosen = [path for path in flat if re.fullmatch(SERVED, path)]
-    paired = paired and reads_pairs(format, served.layout)
-    made = {path: pack_leaf(path, flat[path], specs[path], format, served.layout, paired=paired) for path in chosen}
+    made = {path: pack_leaf(path, flat[path], specs[path], format, served.layout) for path in chosen}
     return unflatten(flat | made)
 
 
-def reads_pairs(format: QFormat, layout: Layout) -> bool:
-    """Whether codes are read faster two a byte (`core.numerics.pair`): those of four bits on one CPU device."""
-    return format.bits <= 4 and layout.single and layout.platform == "cpu"
-
-
-def pack_leaf(
-    path: str, w: jax.Array, spec: ParamSpec, format: QFormat, layout: Layout, *, paired: bool = False
-) -> Any:
-    """A weight as codes and scales, placed as the layout cuts it; paired: two codes a byte where they are even in number."""
+def pack_leaf(path: str, w: jax.Array, spec: ParamSpec, format: QFormat, layout: Layout) -> Any:
+    """A weight as codes and scales, placed as the layout cuts it."""
     axes = spec.own_axes if format.granularity == "tensor" else spec.axes
 
     def pack(w: jax.Array) -> Tree:
-        packed = quantize(w, format, axes)
-        return unflatten({path: pair(packed) if paired and packed.shape[-1] % 2 == 0 else packed})
+        return unflatten({path: quantize(w, format, axes)})
 
     out = shardings(jax.eval_shape(pack, w), unflatten({path: spec}), layout)
     return flatten(jax.jit(pack, out_shardings=out)(w))[path]

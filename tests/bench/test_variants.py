@@ -59,13 +59,6 @@ def test_floats_are_cast_and_the_cache_follows():
     assert [str(one.cache) for one in made.values()] == ["float32", "bfloat16", "int8", "int4/channel16"]
 
 
-def test_codes_of_four_bits_are_two_a_byte_on_one_cpu_device():
-    up = make_variant(model(), "int4").served.params["blocks"]["mlp"]["up"]
-    assert (up.paired, up.q.shape, up.shape) == (True, (2, 32, 32), (2, 32, 64))
-    assert not make_variant(model(), "int8").served.params["blocks"]["mlp"]["up"].paired
-    assert not make_variant(model(devices=4, data=2, tensor=2), "int4").served.params["blocks"]["mlp"]["up"].paired
-
-
 def test_packed_leaves_lie_as_the_mesh_cuts_them():
     made = make_variant(model(devices=4, data=2, tensor=2), "int8")
     up = made.served.params["blocks"]["mlp"]["up"]
