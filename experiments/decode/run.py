@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from lmeff.bench.measure import KINDS, Result, Shape, bench
-from lmeff.bench.show import table, words
+from lmeff.bench.show import print_result
 from lmeff.bench.variants import make_variants, random_model
 from lmeff.core.precision import Policy
 from lmeff.models.config import ModelConfig, preset
@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
             for kind in args.kinds if formats else ():
                 shape = Shape(batch=args.batch, context=context, tokens=args.tokens, turns=args.turns)
                 result = bench(kind, make_variants(served, formats), shape)
-                console.print(f"\n{name}", table(result), *words(result), sep="\n")
+                console.print(f"\n{name}")
+                print_result(result, console)
                 if args.json:
                     with args.json.open("a") as file:
                         file.write(json.dumps(line(name, result)) + "\n")

@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 
 from lmeff.bench.measure import Shape, bench
-from lmeff.bench.show import table, words
+from lmeff.bench.show import print_result
 from lmeff.bench.variants import make_variants, random_model
 from lmeff.commands.words import refuse_unknown
 from lmeff.core.precision import parse
@@ -62,9 +62,7 @@ def time_inference(command: Bench, overrides: Sequence[str], console: Console) -
     served, source = model_of(command)
     result = bench(command.kind, make_variants(served, command.formats), shape)
     console.print(f"model: {source}", highlight=False, soft_wrap=True)
-    console.print(table(result))
-    for line in words(result):
-        console.print(line, highlight=False, soft_wrap=True)
+    print_result(result, console)
     return {"model": source, **result.to_json()}
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lmeff.bench import measure
 from lmeff.bench.measure import CHIPS, KIND_OF_CHIP, Contestant, Quartiles, Result, Run, Shape, bench, quartiles
-from lmeff.bench.show import table, words
+from lmeff.bench.show import print_result, words
 from lmeff.bench.stream import Rate, make_stream
 from lmeff.bench.traffic import Traffic
 from lmeff.bench.variants import make_variants, random_model
@@ -172,32 +172,26 @@ def test_a_slower_format_is_never_silent():
     assert re.match(r"int2 is not told apart from f32", told[3])
 
 
-def test_the_table_has_a_column_for_what_is_known():
-    def columns(made):
-        return [str(column.header) for column in made.columns]
+def shown(width, *runs, **fields):
+    console = Console(width=width, file=io.StringIO())
+    print_result(result(*runs, **fields), console)
+    return console.file.getvalue().splitlines()
 
-    plain = columns(table(result(run("f32", 1, 9, 11))))
-    full = columns(
-        table(
-            result(
-                run("f32", 1, 9, 11, flops_per_second=2e12, peak_share=0.5, table_share=0.25),
-                kind="prefill",
-                chip="h100",
-            )
-        )
-    )
-    assert set(full) - set(plain) == {"TFLOP/s", "of peak", "of table"}
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(
-        table(
-            result(
-                run("f32", 1, 9, 11, flops_per_second=2e12, peak_share=0.5, table_share=0.25),
-                kind="prefill",
-                chip="h100",
-            )
-        )
-    )
-    assert re.search(r"f32 +│ +1.0 │ +10 │ +9 - 11 .* 2 │ +50% │ +0.0 │ +100% │ +25% │", console.export_text())
+
+def test_the_table_has_a_column_for_what_is_known():
+    every = run("f32", 1, 9, 11, flops_per_second=2e12, peak_share=0.5, table_share=0.25)
+    plain, full = shown(200, run("f32", 1, 9, 11)), shown(200, every, kind="prefill", chip="h100")
+    heads = ("TFLOP/s", "of peak", "of sheet")
+    assert [head in plain[1] for head in heads] == [False] * 3
+    assert [head in full[1] for head in heads] == [True] * 3
+    assert re.search(r"^f32 +1.0 +10 +9 - 11 .* 2 +50% +0.0 +100% +25% ", full[3])
+
+
+def test_the_table_fits_a_narrow_terminal_whole():
+    lines = shown(80, run("int4/g32", 1, 9, 11, flops_per_second=2e12), kind="prefill")
+    assert all(len(line) <= 80 for line in lines[1:4])
+    assert re.search(r"int4/g32 +1.0 +10 .* 2 +0.0 +100% +1.00", lines[3])
+    assert not any("…" in line for line in lines)
 
 
 def test_a_stream_measures_what_it_moves(monkeypatch):
