@@ -18,7 +18,6 @@ from rich.console import Console
 EXTRAS = {
     "report": ("matplotlib", "jinja2"),
     "text": ("tokenizers", "sentencepiece"),
-    "weights": ("safetensors",),
     "gguf": ("gguf",),
     "eval": ("lm_eval",),
     "parquet": ("pyarrow",),

@@ -22,9 +22,9 @@ from lmeff.models.cache import CacheFormat
 
 require("lm_eval", extra="eval")  # before it is imported by name: it may be absent
 
-from lm_eval import evaluator  # noqa: E402
-from lm_eval.api.model import LM  # noqa: E402
-from lm_eval.api.registry import register_model  # noqa: E402
+from lm_eval import evaluator  # pyright: ignore[reportMissingImports]  # noqa: E402
+from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]  # noqa: E402
+from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]  # noqa: E402
 
 
 class HarnessModel(LM):

@@ -28,7 +28,7 @@ from lmeff.interop.compressed import (
 )
 from lmeff.interop.config_json import NAME, choose, text_of
 from lmeff.interop.families import Family
-from lmeff.interop.hf import checked_files, located, sizes_of, stored_dtype
+from lmeff.interop.hf import checked_files, located, stored_dtype
 from lmeff.interop.packed_parts import is_linear, packed_matrix
 from lmeff.interop.place import fetch_tensor
 from lmeff.interop.stored import Piece, Stored, pieces, stored_shape, stored_value
@@ -57,7 +57,7 @@ class Export(NamedTuple):
         """Shape and dtype of every tensor of the folder."""
         found: dict[str, Any] = {}
         for name, parts in self.parts.items():
-            shape = stored_shape(parts[0].stored, sizes_of(self.cfg))
+            shape = stored_shape(parts[0].stored, self.cfg.sizes)
             if name in self.schemes:
                 outputs, inputs = shape
                 found |= compressed_specs(module_of(name), (outputs, inputs), self.schemes[name], self.scales)
@@ -135,7 +135,7 @@ def _planned(
         raise ConfigError(
             f"{folder}: params: got a tree that differs from the config's in {sorted(leaves.keys() ^ specs.keys())}; nothing is written"
         )
-    found = pieces({path: (spec.letters, stored) for path, (spec, stored) in places.items()}, sizes_of(cfg))
+    found = pieces({path: (spec.letters, stored) for path, (spec, stored) in places.items()}, cfg.sizes)
     schemes: dict[str, Scheme] = {}
     for name, parts in found.items():
         inputs = _inputs(name, parts, leaves, numerics)
@@ -169,7 +169,7 @@ def _scheme(
             f"{name}: got packed {parts[0].path}, which this family stores as [{stored.dims}], expected a matrix of outputs by inputs: compressed-tensors "
             "knows Linear layers alone. Leave it in floating point, or write the model as another family."
         )
-    made = packed_matrix(name, parts, leaves, specs, sizes_of(cfg), shapes=True)
+    made = packed_matrix(name, parts, leaves, specs, cfg.sizes, shapes=True)
     return scheme_for(made.format, inputs)
 
 
@@ -211,7 +211,7 @@ def _text(plan: Export, family: Family, keep: Mapping[str, Any], folder: Path) -
 
 def _values(plan: Export, ranges: Ranges) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the folder when its turn comes."""
-    sizes = sizes_of(plan.cfg)
+    sizes = plan.cfg.sizes
 
     def fetch(path: str, at: tuple[int, ...]) -> np.ndarray:
         leaf = plan.leaves[path]

@@ -19,7 +19,7 @@ from lmeff.interop.compressed import Scheme, compressed_specs, read_matrix, read
 from lmeff.interop.compressed_folder import CONFIG, TABLE, WEIGHT, module_of, site_of
 from lmeff.interop.config_json import NAME, config_of, family_of, read_file
 from lmeff.interop.families import Family
-from lmeff.interop.hf import is_ignored, located, read_leaf, sizes_of, tensor_prefix
+from lmeff.interop.hf import is_ignored, located, read_leaf, tensor_prefix
 from lmeff.interop.packed_parts import is_linear, packed_leaf
 from lmeff.interop.stored import Stored, named, names, pieces, stored_shape
 from lmeff.interop.tensors import Tensors, open_tensors
@@ -78,7 +78,7 @@ def load(folder: Path, layout: Layout, dtype: Any = None, *, inputs: bool = True
     _check(tensors, places, schemes, cfg, family, folder)
 
     def leaf(path: str, spec: ParamSpec) -> Any:
-        own = {schemes.get(name) for name, _ in names(places[path][1], spec.letters, sizes_of(cfg))}
+        own = {schemes.get(name) for name, _ in names(places[path][1], spec.letters, cfg.sizes)}
         if own == {None}:
             return read_leaf(tensors, spec, places[path][1], cfg, layout, dtype)
         return _place(_packed(path, places, schemes, tensors, cfg, dtype), path, spec, layout)
@@ -93,7 +93,7 @@ def _found_schemes(config: Mapping[str, Any], places: Located, cfg: ModelConfig,
     for path, (spec, stored) in places.items():
         if path == TABLE or not is_linear(stored, spec):
             continue
-        own = [name for name, _ in names(stored, spec.letters, sizes_of(cfg))]
+        own = [name for name, _ in names(stored, spec.letters, cfg.sizes)]
         found = read_schemes(config, map(module_of, own), where)
         if found and (len(found) < len(own) or len(set(found.values())) > 1):
             raise CheckpointError(
@@ -108,7 +108,7 @@ def _check(
     tensors: Tensors, places: Located, schemes: Mapping[str, Scheme], cfg: ModelConfig, family: Family, folder: Path
 ) -> None:
     """Every tensor is used and nothing is missing."""
-    sizes, wanted = sizes_of(cfg), {}
+    sizes, wanted = cfg.sizes, {}
     for name, parts in pieces({path: (spec.letters, stored) for path, (spec, stored) in places.items()}, sizes).items():
         shape = stored_shape(parts[0].stored, sizes)
         if name in schemes:
@@ -135,7 +135,7 @@ def _packed(
     path: str, places: Located, schemes: Mapping[str, Scheme], tensors: Tensors, cfg: ModelConfig, dtype: Any
 ) -> QTensor:
     spec, stored = places[path]
-    sizes = sizes_of(cfg)
+    sizes = cfg.sizes
     outputs, inputs = stored_shape(stored, sizes)
 
     def read(*at: int) -> QTensor:
@@ -153,7 +153,7 @@ def _place(t: QTensor, path: str, spec: ParamSpec, layout: Layout) -> QTensor:
 def _numerics(places: Located, schemes: Mapping[str, Scheme], cfg: ModelConfig, where: str) -> Numerics:
     found: dict[str, QFormat] = {}
     for path, (spec, stored) in places.items():
-        for name, _ in names(stored, spec.letters, sizes_of(cfg)):
+        for name, _ in names(stored, spec.letters, cfg.sizes):
             format = schemes[name].inputs if name in schemes else None
             if format is None:
                 continue

@@ -90,18 +90,16 @@ def export(
     chosen = choose(cfg, family, folder)
     leaves, flat = located(chosen, cfg, chosen.prefixes[0]), flatten(params)
     _check_params(flat, cfg, folder)
-    found = pieces({path: (spec.letters, stored) for path, (spec, stored) in leaves.items()}, sizes_of(cfg))
+    found = pieces({path: (spec.letters, stored) for path, (spec, stored) in leaves.items()}, cfg.sizes)
     kinds = {name: stored_dtype([flat[piece.path] for piece in parts], dtype) for name, parts in found.items()}
-    specs = {
-        n: jax.ShapeDtypeStruct(stored_shape(parts[0].stored, sizes_of(cfg)), kinds[n]) for n, parts in found.items()
-    }
+    specs = {n: jax.ShapeDtypeStruct(stored_shape(parts[0].stored, cfg.sizes), kinds[n]) for n, parts in found.items()}
     usual = Counter(map(str, kinds.values())).most_common(1)[0][0]
     text = text_of(chosen, cfg, usual, keep or {}, folder)
     files = checked_files(tokenizer_files, folder)
     first = jax.process_index() == 0
     with TensorWriter(folder, specs, shard_bytes=shard_bytes) if first else contextlib.nullcontext() as writer:
         for name, parts in found.items():
-            value = stored_value(parts, lambda path, at: fetch_tensor(flat[path], *at), sizes_of(cfg))
+            value = stored_value(parts, lambda path, at: fetch_tensor(flat[path], *at), cfg.sizes)
             if writer is not None:
                 writer.write(name, value.astype(kinds[name], copy=False))
             del value  # before the next is fetched
@@ -110,11 +108,6 @@ def export(
             for file in files:
                 shutil.copyfile(file, writer.folder / file.name)
     return chosen
-
-
-def sizes_of(cfg: ModelConfig) -> dict[str, int]:
-    """The size of each letter, of learned positions, too."""
-    return {**cfg.sizes, "P": cfg.context or 0}
 
 
 def located(family: Family, cfg: ModelConfig, prefix: tuple[str, str]) -> dict[str, tuple[ParamSpec, Stored]]:
@@ -138,7 +131,7 @@ def read_leaf(
     tensors: Tensors, spec: ParamSpec, stored: Stored, cfg: ModelConfig, layout: Layout, dtype: Any
 ) -> jax.Array:
     """A parameter, its shards read from the files; `dtype` None keeps what is stored."""
-    sizes, letters = sizes_of(cfg), spec.letters
+    sizes, letters = cfg.sizes, spec.letters
     if dtype is None:
         dtype = np.result_type(*{tensors[name].dtype for name, _ in names(stored, letters, sizes)})
 
@@ -154,7 +147,7 @@ def _check(
     tensors: Tensors, leaves: Mapping[str, tuple[ParamSpec, Stored]], cfg: ModelConfig, family: Family, folder: Path
 ) -> None:
     """Holds the files to the config: every tensor is used, and nothing is missing."""
-    sizes = sizes_of(cfg)
+    sizes = cfg.sizes
     found = pieces({path: (spec.letters, stored) for path, (spec, stored) in leaves.items()}, sizes)
     missing = [name for name in found if name not in tensors]
     unknown = [name for name in tensors if name not in found and not is_ignored(name, family)]

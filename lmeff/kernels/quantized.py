@@ -11,10 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from lmeff.core.numerics import QTensor
-from lmeff.kernels.traffic import LANES, SUBLANES, Blocks, Call, block_size
+from lmeff.kernels.traffic import LANES, SUBLANES, Blocks, Call, block_size, run
 
 MOST_TOKENS_BYTES = 4 << 20  # of all tokens, which stay in a core's memory
 MOST_INPUTS, MOST_OUTPUTS = 2048, 512  # of a block: its codes in float32 take 4 MiB of a core's memory
@@ -67,7 +66,7 @@ def weight_product(x_NI: jax.Array, w: QTensor, outputs_first: bool, *, interpre
     call = product_call(x_NI.shape[0], w, outputs_first, x_NI.dtype)
     kernel = functools.partial(_weight_kernel, w=_static(w), turned=outputs_first, inputs=x_NI.shape[1])
     scales = [_rows(t, w, outputs_first) for t in (w.scale, w.zero) if t is not None]
-    return _run(kernel, call, jnp.float32, (_padded(x_NI, call), w.q, *scales), interpret)
+    return run(kernel, call, jnp.float32, (_padded(x_NI, call), w.q, *scales), interpret)
 
 
 def integer_product(x: QTensor, w: QTensor, outputs_first: bool, *, interpret: bool = False) -> jax.Array:
@@ -80,21 +79,7 @@ def integer_product(x: QTensor, w: QTensor, outputs_first: bool, *, interpret: b
     scale_N1 = jnp.broadcast_to(x.scale, (x.shape[0], 1))
     kernel = functools.partial(_integer_kernel, turned=outputs_first)
     given = (_padded(x.q.astype(jnp.int8), call), w.q, _rows(w.scale, w, outputs_first), scale_N1)
-    return _run(kernel, call, jnp.int32, given, interpret)
-
-
-def _run(kernel: Any, call: Call, sums: Any, given: Any, interpret: bool) -> jax.Array:
-    *inputs, out = call.operands
-    return pl.pallas_call(
-        kernel,
-        grid=call.grid,
-        in_specs=[operand.spec for operand in inputs],
-        out_specs=out.spec,
-        out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
-        scratch_shapes=[pltpu.VMEM(out.block, sums)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        interpret=interpret,
-    )(*given)
+    return run(kernel, call, jnp.int32, given, interpret)
 
 
 def _static(w: QTensor) -> tuple[int | None, bool]:

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from lmeff.core.errors import ConfigError, DataError
-from lmeff.kernels.traffic import LANES, Blocks, Call, block_size
+from lmeff.kernels.traffic import LANES, Blocks, Call, block_size, run
 
 MOST_RUNS, MOST_OUTPUTS = 512, 512  # of a block
 
@@ -94,21 +93,11 @@ def sparse_call(tokens: int, w: Sparse, x_dtype: Any) -> Call:
 def sparse_product(x_NI: jax.Array, w: Sparse, *, interpret: bool = False) -> jax.Array:
     """Tokens times an N:M sparse weight, float32 [N, O]; values may be floats, or integer codes that are exact in the dtype of `x`."""
     call = sparse_call(x_NI.shape[0], w, x_NI.dtype)
-    *inputs, out = call.operands
-    runs = inputs[0].shape[2]
+    runs = call.operands[0].shape[2]
     x_NI = jnp.pad(x_NI, [(0, 0), (0, runs * w.m - x_NI.shape[1])])
     x_MNR = jnp.moveaxis(x_NI.reshape(-1, runs, w.m), 2, 0)
     kernel = functools.partial(_kernel, n=w.n, m=w.m, runs=w.values.shape[1])
-    return pl.pallas_call(
-        kernel,
-        grid=call.grid,
-        in_specs=[operand.spec for operand in inputs],
-        out_specs=out.spec,
-        out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
-        scratch_shapes=[pltpu.VMEM(out.block, jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        interpret=interpret,
-    )(x_MNR, w.values, w.places)
+    return run(kernel, call, jnp.float32, (x_MNR, w.values, w.places), interpret)
 
 
 def _kernel(

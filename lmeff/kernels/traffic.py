@@ -9,8 +9,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 SUBLANES, LANES = 8, 128  # of a vector register of 32-bit numbers: the last two dims of a tile
 
@@ -34,6 +36,21 @@ class Call(NamedTuple):
 
     grid: tuple[int, ...]
     operands: tuple[Blocks, ...]
+
+
+def run(kernel: Callable[..., None], call: Call, sums: Any, given: Sequence[Any], interpret: bool) -> jax.Array:
+    """A matrix product's kernel on its operands: the grid is (outputs, steps of the sum), and a block of results is summed up in the core in dtype `sums`."""
+    *inputs, out = call.operands
+    return pl.pallas_call(
+        kernel,
+        grid=call.grid,
+        in_specs=[operand.spec for operand in inputs],
+        out_specs=out.spec,
+        out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
+        scratch_shapes=[pltpu.VMEM(out.block, sums)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+    )(*given)
 
 
 def bytes_moved(call: Call, scalars: Sequence[Any] = ()) -> int:

@@ -126,14 +126,9 @@ class Group(NamedTuple):
     layers: tuple[int, ...]
 
 
-def windows(cfg: ModelConfig) -> tuple[int | None, ...]:
-    """How far each layer sees."""
-    return tuple(None if layer in cfg.full_layers else cfg.window for layer in range(cfg.layers))
-
-
 def groups(cfg: ModelConfig) -> tuple[Group, ...]:
     """The stacks of a model's cache, in order of their first layers."""
-    seen = windows(cfg)
+    seen = cfg.layer_windows
     return tuple(
         Group(window, tuple(layer for layer, own in enumerate(seen) if own == window)) for window in dict.fromkeys(seen)
     )

@@ -1,6 +1,7 @@
 """The shape of a model: one decoder-only transformer whose variants are fields, and presets by name."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,11 +158,14 @@ class ModelConfig:
         return bool(self.full_layers)
 
     @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """How far each layer sees; None of those that see all."""
+        return tuple(None if layer in self.full_layers else self.window for layer in range(self.layers))
+
+    @property
     def windows(self) -> tuple[tuple[int | None, int], ...]:
         """(window, layers that have it), None of those that see all: one pair where layers are alike."""
-        full = self.layers if self.window is None else len(self.full_layers)
-        pairs = ((None, full), (self.window, self.layers - full))
-        return tuple((window, count) for window, count in pairs if count)
+        return tuple(Counter(self.layer_windows).items())
 
     @property
     def gated(self) -> bool:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lmeff.core.batch import Batch
 from lmeff.core.ops import Ops
-from lmeff.models.cache import Cache, Stack, groups, windows
+from lmeff.models.cache import Cache, Stack, groups
 from lmeff.models.cached import How, New
 from lmeff.models.config import ModelConfig
 
@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
 def period(cfg: ModelConfig) -> tuple[Place, ...]:
     """The shortest run of layers that the pattern of windows repeats."""
-    seen = windows(cfg)
+    seen = cfg.layer_windows
     size = next(n for n in range(1, cfg.layers + 1) if all(seen[i] == seen[i % n] for i in range(cfg.layers)))
     order = [group.window for group in groups(cfg)]
     own = seen[:size]

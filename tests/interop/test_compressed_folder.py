@@ -86,7 +86,7 @@ def test_every_leaf_comes_back_bit_for_bit(family, formats, tmp_path):
     assert export(cfg, params, tmp_path / "m", family=family).name == family
     back = load(tmp_path / "m", ONE)
     assert back.numerics == Numerics()
-    assert hf.sizes_of(back.cfg) == hf.sizes_of(cfg)
+    assert back.cfg.sizes == cfg.sizes
     leaves, found = flatten(params), flatten(back.params)
     assert leaves.keys() == found.keys()
     values = jax.jit(materialize)
