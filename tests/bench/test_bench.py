@@ -84,7 +84,7 @@ def test_prefill_tells_its_arithmetic(scripted, monkeypatch):
     assert result.chip == "h100"
 
 
-@pytest.mark.parametrize("kind", ["decode", "prefill"])
+@pytest.mark.parametrize("kind", ["decode", pytest.param("prefill", marks=pytest.mark.slow)])
 def test_a_real_run(kind):
     variants = make_variants(model(), ["f32", "int4/g32+table@int8", "bf16", "bf16@int4/channel4"])
     result = bench(kind, variants, Shape(batch=2, context=5, tokens=3, turns=2), stream_size=SMALL)
@@ -121,6 +121,7 @@ def test_a_turn_decodes_what_generation_does():
     assert [lengths for lengths, _ in first] == [[5, 5], [6, 6], [7, 7], [8, 8]]
 
 
+@pytest.mark.slow
 def test_a_mesh():
     result = bench(
         "decode",

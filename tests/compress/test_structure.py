@@ -185,7 +185,7 @@ def train_steps(step, state, first, steps):
     return state, losses
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("lion", marks=pytest.mark.slow)])
 def test_trains_on_as_the_masked_model_does(optimizer):
     name = "untied, plain, biases, layer norms, head norms"
     cfg, params = variant(name)

@@ -61,6 +61,7 @@ def child(directory, at):
     )
 
 
+@pytest.mark.slow
 def test_killed_while_saving_and_resumed_is_bitwise_the_uninterrupted(tmp_path):
     """The batch of step 8 is asked for right after the checkpoint of step 8 began to be written in the background."""
     straight, _ = run(make_job(tmp_path / "straight"))

@@ -26,7 +26,6 @@ STEPS = {
     "ulysses-fsdp2-context4-accumulated": ("all", Mesh(fsdp=2, context=4, accumulate=2, sequence="ulysses")),
 }
 FAST = {
-    "ring-context4-tensor2-remat",
     "ring-data2-context2-tensor2-accumulated",
     "gather-fsdp2-context4-accumulated",
     "ulysses-data2-context2-tensor2",

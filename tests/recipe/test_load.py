@@ -14,6 +14,8 @@ from lmeff.recipe.open import open_model
 from tests.recipe.pretrained_model import CFG, RECIPE, write_huggingface
 from tests.runs import lmeff, lmeff_json, write_config, write_text
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -68,7 +70,6 @@ def test_the_last_artifact_is_opened_and_exported(finished, tmp_path):
     assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == 1
 
 
-@pytest.mark.slow
 def test_a_run_of_lmeff_s_own_is_exported_with_its_tokenizer(tmp_path):
     recipe = 'Stage(name="one", steps=0),'
     config = write_config(tmp_path, write_text(tmp_path), recipe=recipe, claims="")
@@ -116,7 +117,6 @@ def test_the_same_model_may_lie_elsewhere_and_another_may_not(finished):
     assert "recipe.teacher.load: True then, False now" in err
 
 
-@pytest.mark.slow
 def test_an_imported_folder_plans_and_runs_alike(finished, tmp_path):
     folder, config, report = finished
     lmeff_json("import", folder / "hf", tmp_path / "imported")
@@ -127,7 +127,6 @@ def test_an_imported_folder_plans_and_runs_alike(finished, tmp_path):
     assert [row["loss"] for row in made["artifacts"]] == [row["loss"] for row in report["artifacts"]]
 
 
-@pytest.mark.slow
 def test_a_loaded_model_is_cut_smaller(finished):
     folder, config, _ = finished
     recipe = f'Stage(name="cut", load={str(folder / "hf")!r}, shrink=ShrinkConfig(ffn=24, layers=1, calibration_batches=1), steps=1),'
