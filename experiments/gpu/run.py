@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmeff.bench.measure import Shape, bench, chip_of
-from lmeff.bench.show import words
 from lmeff.bench.traffic import weight_bytes
 from lmeff.bench.variants import make_variant, make_variants, random_model
+from lmeff.bench.words import words
 from lmeff.compress.base import identity
 from lmeff.core.batch import Batch
 from lmeff.core.numerics import QFormat, QTensor, parse_format, quantize

@@ -13,11 +13,11 @@ from lmeff.core.numerics import is_qtensor, parse_format
 from lmeff.core.precision import DTYPES
 from lmeff.core.specs import initialize
 from lmeff.core.tree import Tree, flatten, map_with_path
+from lmeff.infer.packing import SERVED, pack_leaf
 from lmeff.infer.served import Served
 from lmeff.models.cache import CacheFormat, parse_cache
 from lmeff.models.transformer import cast_floating, param_specs
 from lmeff.parallel.mesh import Layout, shardings
-from lmeff.recipe.open import SERVED, pack_leaf
 
 TABLE = "embed/table"
 

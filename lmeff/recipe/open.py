@@ -1,37 +1,31 @@
 """One way to open a model that is to be run and not trained: an artifact of a run, a folder that `lmeff import` made, or one of Hugging Face."""
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from lmeff.compress.config import MATRICES
 from lmeff.config import Experiment, Stage
 from lmeff.config.files import FILE, read
 from lmeff.config.loads import Loaded, describe, is_huggingface, kept
 from lmeff.config.validate import check_cuts, shapes
 from lmeff.core.errors import CheckpointError, ConfigError
-from lmeff.core.numerics import QFormat, is_qtensor, parse_format, quantize
+from lmeff.core.numerics import parse_format
 from lmeff.core.precision import Policy, parse
-from lmeff.core.specs import ParamSpec
-from lmeff.core.tree import Tree, flatten, unflatten
 from lmeff.data import pretrained
 from lmeff.data.shards import open_tokenizer
 from lmeff.data.tokenizer import Tokenizer
+from lmeff.infer.packing import quantized
 from lmeff.infer.served import Served
 from lmeff.interop.model_folder import TOKENIZER, is_model_folder
 from lmeff.models.transformer import param_specs
-from lmeff.parallel.mesh import Layout, MeshPlan, make_layout, shardings
+from lmeff.parallel.mesh import Layout, MeshPlan, make_layout
 from lmeff.recipe import artifact as artifacts
 from lmeff.recipe.artifact import Artifact, Recipe
 from lmeff.recipe.sources import cast, check_vocab, load_weights, stored_dtype
 from lmeff.recipe.stage import recipe_of
-
-SERVED = f"{MATRICES}|head/w"  # what `weights` quantizes: every matrix product's weight but a tied table's and routers
 
 ANY_MESH = MeshPlan()
 
@@ -160,26 +154,3 @@ def load_done(experiment: Experiment, directory: Path, name: str | None, layout:
             break
     place = directory / "stages" / name / "artifact"
     return artifacts.load(name, recipes[name], place, layout, parse(experiment.precision).params)
-
-
-def quantized(served: Served, format: QFormat, where: str) -> Any:
-    """The parameters with every matrix product's weight packed, one leaf after the other: routers, norms and the embedding stay as they are."""
-    specs, flat = flatten(param_specs(served.cfg)), flatten(served.params)
-    if any(is_qtensor(x) for x in flat.values()):
-        raise ConfigError(
-            f"{where}: weights are packed already, expected no --weights {format}; open the artifact that they were made from, or drop it"
-        )
-    chosen = [path for path in flat if re.fullmatch(SERVED, path)]
-    made = {path: pack_leaf(path, flat[path], specs[path], format, served.layout) for path in chosen}
-    return unflatten(flat | made)
-
-
-def pack_leaf(path: str, w: jax.Array, spec: ParamSpec, format: QFormat, layout: Layout) -> Any:
-    """A weight as codes and scales, placed as the layout cuts it."""
-    axes = spec.own_axes if format.granularity == "tensor" else spec.axes
-
-    def pack(w: jax.Array) -> Tree:
-        return unflatten({path: quantize(w, format, axes)})
-
-    out = shardings(jax.eval_shape(pack, w), unflatten({path: spec}), layout)
-    return flatten(jax.jit(pack, out_shardings=out)(w))[path]

@@ -13,10 +13,11 @@ from rich.console import Console
 
 from lmeff.bench import measure
 from lmeff.bench.measure import CHIPS, KIND_OF_CHIP, Contestant, Quartiles, Result, Run, Shape, bench, quartiles
-from lmeff.bench.show import print_result, words
+from lmeff.bench.show import print_result
 from lmeff.bench.stream import Rate, make_stream
 from lmeff.bench.traffic import Traffic
 from lmeff.bench.variants import make_variants, random_model
+from lmeff.bench.words import words
 from lmeff.core.errors import ConfigError, UsageError
 from lmeff.core.numerics import is_qtensor
 from lmeff.core.precision import Policy
