@@ -68,6 +68,8 @@ class Row(NamedTuple):
 def examine(case: Case, console: Console) -> dict[str, Any]:
     """Makes every check and prints it as it is made; of several processes the first prints for all. Raises `Unwell` where one failed."""
     case, alone = case._replace(began=(time.time(), time.monotonic())), not joined()
+    if not alone:
+        console.print(f"{jax.process_count()} processes examine themselves", highlight=False)
     with _folder(case):
         checks = list(_made(case, console if alone else None))
         reports = [] if alone else _exchanged(case, checks)
@@ -181,8 +183,9 @@ def _devices(case: Case) -> Check:
 def _config(case: Case) -> Check:
     if case.experiment is None:
         return Check("config", "ok", "none given: `lmeff doctor CONFIG` checks one, too")
+    count = jax.device_count()
     try:
-        validate(case.experiment, jax.device_count(), case.directory)
+        validate(case.experiment, count, case.directory)
     except UserError as error:
         return Check("config", "FAIL", str(error), "change it, or take it to the devices that it is for")
     parts = [path for part in case.experiment.data.parts for path in part.path]
@@ -191,7 +194,7 @@ def _config(case: Case) -> Check:
         return Check("config", "FAIL", f"data.path: {', '.join(absent)} is not there", "correct it, or fetch the text")
     remote = [path for path in parts if "://" in path]
     unseen = f"; not looked at: {', '.join(remote)}" if remote else ""
-    return Check("config", "ok", f"goes with {jax.device_count()} devices{unseen}")
+    return Check("config", "ok", f"goes with {count} device{'s' * (count > 1)}{unseen}")
 
 
 def _shapes(case: Case) -> dict[str, ModelConfig] | None:

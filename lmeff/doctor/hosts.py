@@ -123,10 +123,10 @@ def alike(reports: Sequence[Report]) -> Check:
     names = sorted({name for report in reports for name in report.versions})
     problems = []
     for name in names:
-        got = {report: report.versions.get(name, "none") for report in reports}
-        most, _ = Counter(got.values()).most_common(1)[0]
-        for other in dict.fromkeys(version for version in got.values() if version != most):
-            who = _named([report for report, version in got.items() if version == other])
+        got = [report.versions.get(name, "none") for report in reports]
+        most, _ = Counter(got).most_common(1)[0]
+        for other in dict.fromkeys(version for version in got if version != most):
+            who = _named([report for report, version in zip(reports, got) if version == other])
             told = f"{name} {other} on {who}, {most} on the others"
             problems.append(Problem("FAIL", told, "install the same wheels and sources on every host"))
     return judge("versions", f"alike on {len(reports)} processes" if not problems else "", problems)

@@ -155,9 +155,7 @@ def shadowed(found: Mapping[str, tuple[Path, Path]]) -> Check:
     """Whether a file of yours or a folder on PYTHONPATH stands before an installed package."""
     other = {name: got for name, (got, wanted) in found.items() if got.parent != wanted}
     problems = [
-        Problem(
-            "FAIL", f"{name} comes from {got}, not from the installed package", f"rename it, or unset PYTHONPATH: {got}"
-        )
+        Problem("look", f"{name} comes from {got}, not from the installed package", "rename it, or unset PYTHONPATH")
         for name, got in other.items()
     ]
     return judge("imports", f"from {sys.prefix}", problems)

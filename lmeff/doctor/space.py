@@ -158,7 +158,8 @@ def disk(places: Mapping[str, Place], needed: int | None = None, there: int = 0)
     """
     problems = [problem for what, place in places.items() for problem in _lacks(what, place, needed, there)]
     told = [f"{what} {gib(place.free)} free{_on(place)}" for what, place in places.items()]
-    return judge("disk", ", ".join(told) + (f", the run takes {gib(needed)}" if needed else ""), problems)
+    takes = f", the run takes {gib(needed)}" if needed and not problems else ""
+    return judge("disk", ", ".join(told) + takes, problems)
 
 
 def _lacks(what: str, place: Place, needed: int | None, there: int) -> list[Problem]:
