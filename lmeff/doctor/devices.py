@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmeff.doctor.check import Check, Problem, gib, judge
 from lmeff.doctor.packages import Installed
@@ -64,8 +65,10 @@ def device_memory(local: Sequence[Any]) -> Check:
 
 def computes(local: Sequence[Any]) -> Check:
     """A product on every device of this host, whose result is known."""
-    product = jax.jit(lambda x: (x @ x).sum())
-    found = [float(product(jax.device_put(jnp.ones((N, N), jnp.float32), device))) for device in local]
+    mesh = Mesh(np.array(local), ("device",))
+    place = NamedSharding(mesh, PartitionSpec("device"))
+    x_BNN = jax.device_put(np.ones((len(local), N, N), np.float32), place)
+    found = np.asarray(jax.jit(lambda x: (x @ x).sum((1, 2)), out_shardings=place)(x_BNN))
     wrong = {device: x for device, x in zip(local, found) if x != float(N**3)}
     problems = [
         Problem(

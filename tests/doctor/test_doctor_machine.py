@@ -94,7 +94,11 @@ def write_memory(root, *, cgroup, files):
     ("cgroup", "files", "limit"),
     [
         ("0::/\n", {}, None),
-        ("0::/job/task\n", {"sys/fs/cgroup/job/memory.max": 2 * GIB, "sys/fs/cgroup/job/task/memory.max": "max"}, 2 * GIB),
+        (
+            "0::/job/task\n",
+            {"sys/fs/cgroup/job/memory.max": 2 * GIB, "sys/fs/cgroup/job/task/memory.max": "max"},
+            2 * GIB,
+        ),
         ("0::/a/b\n", {"sys/fs/cgroup/memory.max": 5 * GIB}, 5 * GIB),  # a container sees its own as the root
         ("4:memory:/x\n1:cpu:/x\n", {"sys/fs/cgroup/memory/x/memory.limit_in_bytes": GIB}, GIB),
         ("4:memory:/\n", {"sys/fs/cgroup/memory/memory.limit_in_bytes": 9223372036854771712}, None),
@@ -341,7 +345,9 @@ def tpu_lockfile(tmp_path):
 
 
 def test_a_tpu_lock_that_a_process_holds(tmp_path, tpu_lockfile):
-    script = "import os, sys; f = open(sys.argv[1], 'r+'); os.lockf(f.fileno(), os.F_TLOCK, 0); print(flush=True); input()"
+    script = (
+        "import os, sys; f = open(sys.argv[1], 'r+'); os.lockf(f.fileno(), os.F_TLOCK, 0); print(flush=True); input()"
+    )
     with subprocess.Popen(
         [sys.executable, "-S", "-c", script, tpu_lockfile], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as holder:
