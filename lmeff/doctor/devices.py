@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lmeff.core.errors import UserError
 from lmeff.doctor.check import Check, Problem, gib, judge
 from lmeff.doctor.packages import Installed
 
@@ -30,6 +31,21 @@ def devices(
         return Check("devices", "ok", told)
     unused = [Problem("FAIL", f"{n} x {kind} unused", _remedy(kind, variables, installed)) for kind, n in there.items()]
     return judge("devices", f"JAX computes on {told}" if unused else told, unused)
+
+
+def refused(error: Exception, variables: Mapping[str, str]) -> Check:
+    """JAX finds no devices at all."""
+    told = str(error).strip().splitlines()[0]
+    chosen = variables.get("JAX_PLATFORMS", "")
+    if isinstance(error, UserError):
+        remedy = "start `lmeff doctor --distributed` on every host at once"
+    elif "in use" in told:
+        remedy = "end the process that `accelerators` or `TPU lock` names"
+    elif chosen:
+        remedy = f"unset JAX_PLATFORMS, which is '{chosen}'; where that is right, mend the lines above first"
+    else:
+        remedy = "mend the lines above first, then: python -c 'import jax; jax.devices()'"
+    return Check("devices", "FAIL", told, remedy)
 
 
 def _remedy(kind: str, variables: Mapping[str, str], installed: Installed) -> str:

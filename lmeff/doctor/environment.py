@@ -3,10 +3,10 @@
 import os
 import re
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lmeff.doctor.check import Check, Problem, gib, judge
+from lmeff.doctor.check import Check, Level, Problem, gib, judge
 
 OPEN_FILES = 1024  # a checkpoint of an 8B model opens hundreds of files at once
 MAPS = 65_530  # the kernel's own default
@@ -23,13 +23,13 @@ def environment(variables: Mapping[str, str]) -> Check:
     return judge("environment", ", ".join(told) or "nothing set that changes JAX", [p for p in found if p is not None])
 
 
-def _switch(name: str, level: str, why: str) -> Rule:
+def _switch(name: str, level: Level, why: str) -> Rule:
     """A variable that should be off."""
 
     def rule(value: str) -> Problem | None:
         if value in SWITCHED_OFF:
             return None
-        return Problem(level, why, f"unset {name}")  # type: ignore[arg-type]
+        return Problem(level, why, f"unset {name}")
 
     return rule
 
@@ -74,8 +74,8 @@ def _visible(name: str) -> Rule:
     return rule
 
 
-def limits(files: tuple[int, int], root: Path = Path("/"), *, gpus: bool = False) -> Check:
-    """Open files (soft and hard limit), memory maps and shared memory."""
+def limits(files: tuple[int, int], root: Path = Path("/"), hardware: Sequence[str] = ()) -> Check:
+    """Open files (soft and hard limit), memory maps, shared memory, and what a TPU wants of the kernel. hardware: kinds that are here, such as "TPU"."""
     soft, hard = files
     maps, shared = _number(root / "proc/sys/vm/max_map_count"), _size(root / "dev/shm")
     problems = []
@@ -86,9 +86,13 @@ def limits(files: tuple[int, int], root: Path = Path("/"), *, gpus: bool = False
     if maps is not None and maps < MAPS:
         told = f"a process may have {maps} memory maps: programs for the CPU take thousands each"
         problems.append(Problem("look", told, f"sudo sysctl vm.max_map_count={4 * MAPS}"))
-    if gpus and shared is not None and shared < SHARED:
+    if "NVIDIA" in hardware and shared is not None and shared < SHARED:
         told = f"/dev/shm has {gib(shared)}: NCCL and data workers need more"
         problems.append(Problem("look", told, "docker run --shm-size=8g, or --ipc=host"))
+    pages = root / "sys/kernel/mm/transparent_hugepage/enabled"
+    if "TPU" in hardware and pages.exists() and "[always]" not in pages.read_text(encoding="ascii"):
+        remedy = f"sudo sh -c 'echo always > {pages}'"
+        problems.append(Problem("look", "no transparent huge pages: a TPU starts and ends slowly", remedy))
     parts = [f"open files {'unlimited' if soft < 0 else soft}"]
     parts += [] if maps is None else [f"memory maps {maps}"]
     parts += [] if shared is None else [f"/dev/shm {gib(shared)}"]

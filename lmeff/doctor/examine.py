@@ -23,7 +23,7 @@ from lmeff.doctor import accelerators, environment, folder, hosts, packages, spa
 from lmeff.doctor import devices as on_devices
 from lmeff.doctor.check import Check, crashed
 from lmeff.models.config import ModelConfig
-from lmeff.parallel.processes import joined, leads
+from lmeff.parallel.processes import joined, leads, refuse_unjoined
 
 LONG = 20.0  # seconds after which to say what is waited for
 MARKS = {"ok": "[green]ok  [/green]", "look": "[yellow]look[/yellow]", "FAIL": "[red]FAIL[/red]"}
@@ -79,7 +79,7 @@ def examine(case: Case, console: Console) -> dict[str, Any]:
             show(check, console)
     failed = [check.name for check in checks if check.level == "FAIL"]
     answer = {"checks": [check.to_json() for check in checks], "failed": failed}
-    answer["processes"] = [{"process": r.process, "host": r.host, "versions": dict(r.versions)} for r in reports]
+    answer["processes"] = [report.to_json() for report in reports]
     if failed:
         count = f"{len(failed)} of {len(checks)} checks failed" if len(failed) > 1 else "a check failed"
         raise Unwell(f"doctor: {count}: {', '.join(dict.fromkeys(failed))}; follow the arrows, then ask again", answer)
@@ -175,8 +175,12 @@ def _plain(text: str) -> str:
 
 def _devices(case: Case) -> Check:
     there = accelerators.hardware(case.root)
-    with on_devices.silent(unless=bool(there)):
-        found = jax.devices()
+    try:
+        with on_devices.silent(unless=bool(there)):
+            found = jax.devices()
+        refuse_unjoined()
+    except (RuntimeError, UserError) as error:
+        return on_devices.refused(error, case.variables)
     return on_devices.devices(found, there, case.variables, packages.read_installed(), chosen=case.chosen)
 
 
@@ -257,7 +261,7 @@ def _installed_at() -> float:
 
 
 def _limits(case: Case) -> Check:
-    return environment.limits(environment.open_files(), case.root, gpus="NVIDIA" in accelerators.hardware(case.root))
+    return environment.limits(environment.open_files(), case.root, tuple(accelerators.hardware(case.root)))
 
 
 def _plugins(case: Case) -> Check:

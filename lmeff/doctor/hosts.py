@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -41,8 +41,17 @@ class Report(NamedTuple):
     time: float = 0.0
     sees: bool = True
 
+    def to_json(self) -> dict[str, Any]:
+        """What it found, for `--json`."""
+        return {
+            "process": self.process,
+            "host": self.host,
+            "versions": dict(self.versions),
+            "checks": [check.to_json() for check in self.checks],
+        }
+
     def to_text(self) -> str:
-        """As JSON."""
+        """The whole of it, for `from_text`."""
         return json.dumps({**self._asdict(), "checks": [list(check) for check in self.checks]})
 
 

@@ -3,7 +3,6 @@
 Nothing here imports JAX, so that `python -m lmeff` can say what is wrong where JAX cannot be imported.
 """
 
-import importlib.machinery
 import importlib.metadata
 import importlib.util
 import platform
@@ -15,6 +14,7 @@ from typing import NamedTuple
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import lmeff
 from lmeff.doctor.check import Check, Level, Problem, judge
 
 MINIMUM = (3, 11)
@@ -158,7 +158,8 @@ def shadowed(found: Mapping[str, tuple[Path, Path]]) -> Check:
         Problem("look", f"{name} comes from {got}, not from the installed package", "rename it, or unset PYTHONPATH")
         for name, got in other.items()
     ]
-    return judge("imports", f"from {sys.prefix}", problems)
+    place = Path(lmeff.__file__).parents[1]
+    return judge("imports", f"lmeff {lmeff.__version__} from {place}, packages from {sys.prefix}", problems)
 
 
 def diagnosis(error: BaseException) -> str:

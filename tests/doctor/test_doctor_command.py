@@ -322,6 +322,7 @@ def test_two_processes_are_compared(tmp_path, case, failed, told):
     assert answer["failed"] == failed
     assert told in " ".join(check["found"] for check in answer["checks"])
     assert [report["process"] for report in answer["processes"]] == [0, 1]
+    assert all(len(report["checks"]) == 4 for report in answer["processes"])
     assert answer["processes"][0]["versions"]["lmeff"] == answer["processes"][1]["versions"]["lmeff"]
     assert [path.name for path in tmp_path.iterdir()] == ["answer.json"]
 

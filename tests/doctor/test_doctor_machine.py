@@ -14,6 +14,7 @@ import pytest
 
 from lmeff.config import Experiment, Quantize, Stage, TrainConfig, preset
 from lmeff.config.validate import validate
+from lmeff.core.errors import UsageError
 from lmeff.doctor import accelerators, devices, environment, folder, space
 from lmeff.doctor.packages import Package
 
@@ -77,8 +78,19 @@ def test_limits_of_the_operating_system(tmp_path, files, maps, level, remedy):
 def test_shared_memory_matters_to_several_gpus(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_blocks=2**14, f_frsize=4096))
     assert environment.limits((4096, 4096), tmp_path).ok
-    check = environment.limits((4096, 4096), tmp_path, gpus=True)
+    check = environment.limits((4096, 4096), tmp_path, ["NVIDIA"])
     assert (check.level, "64.0 MiB" in check.found) == ("look", True)
+
+
+def test_a_tpu_wants_huge_pages(tmp_path):
+    pages = tmp_path / "sys/kernel/mm/transparent_hugepage/enabled"
+    pages.parent.mkdir(parents=True)
+    pages.write_text("always [madvise] never\n")
+    assert environment.limits((4096, 4096), tmp_path).ok
+    check = environment.limits((4096, 4096), tmp_path, ["TPU"])
+    assert (check.level, f"echo always > {pages}" in check.remedy) == ("look", True)
+    pages.write_text("[always] madvise never\n")
+    assert environment.limits((4096, 4096), tmp_path, ["TPU"]).ok
 
 
 def write_memory(root, *, cgroup, files):
@@ -422,6 +434,25 @@ def test_an_accelerator_that_is_there_and_not_used(there, variables, installed, 
 def test_an_accelerator_that_is_used():
     check = devices.devices([Device("tpu", "TPU v5 lite")] * 4, {"TPU": 4}, {}, WITH_TPU, chosen=False)
     assert (check.level, check.found) == ("ok", "4 x TPU v5 lite (tpu)")
+
+
+@pytest.mark.parametrize(
+    ("error", "variables", "remedy"),
+    [
+        (
+            RuntimeError("Unable to initialize backend 'tpux'"),
+            {"JAX_PLATFORMS": "tpux"},
+            "unset JAX_PLATFORMS, which is 'tpux'",
+        ),
+        (RuntimeError("ABORTED: The TPU is already in use by process with pid 7"), {}, "`TPU lock` names"),
+        (UsageError("this host is one of 4 of a pod"), {}, "--distributed"),
+        (RuntimeError("FAILED_PRECONDITION: no"), {}, "jax.devices()"),
+    ],
+    ids=["unknown_platform", "in_use", "alone_on_a_pod", "other"],
+)
+def test_no_devices_at_all(error, variables, remedy):
+    check = devices.refused(error, variables)
+    assert (check.level, check.found, remedy in check.remedy) == ("FAIL", str(error), True), check
 
 
 @pytest.mark.parametrize(
