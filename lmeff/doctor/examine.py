@@ -23,7 +23,7 @@ from lmeff.doctor import accelerators, environment, folder, hosts, packages, spa
 from lmeff.doctor import devices as on_devices
 from lmeff.doctor.check import Check, crashed
 from lmeff.models.config import ModelConfig
-from lmeff.parallel.processes import joined, leads, refuse_unjoined
+from lmeff.parallel.processes import joined, launched, leads, refuse_unjoined
 
 LONG = 20.0  # seconds after which to say what is waited for
 MARKS = {"ok": "[green]ok  [/green]", "look": "[yellow]look[/yellow]", "FAIL": "[red]FAIL[/red]"}
@@ -194,7 +194,8 @@ def _config(case: Case) -> Check:
         return Check("config", "FAIL", str(error), "change it, or take it to the devices that it is for")
     parts = [path for part in case.experiment.data.parts for path in part.path]
     absent = [path for path in parts if "://" not in path and not Path(path).expanduser().exists()]
-    if absent and all(part.source != "hf" for part in case.experiment.data.parts):
+    built = (case.directory / "data").exists() or not leads()  # of several processes the first alone reads text
+    if absent and not built and all(part.source != "hf" for part in case.experiment.data.parts):
         return Check("config", "FAIL", f"data.path: {', '.join(absent)} is not there", "correct it, or fetch the text")
     remote = [path for path in parts if "://" in path]
     unseen = f"; not looked at: {', '.join(remote)}" if remote else ""
@@ -221,9 +222,12 @@ def _sizes(case: Case) -> space.Sizes | None:
 
 
 def _memory(case: Case) -> Check:
-    sizes = _sizes(case) if _has_devices() and jax.local_devices()[0].platform == "cpu" else None
-    share = 1 if sizes is None or not joined() else jax.process_count()
-    return space.memory(space.read_memory(case.root), None if sizes is None else sizes.state // share)
+    sizes, here = _sizes(case), 0
+    if sizes is not None:
+        on_cpu = jax.local_devices()[0].platform == "cpu"
+        together = 1 if launched() is not None else jax.process_count()  # launched processes share one host
+        here = (sizes.state if on_cpu else sizes.offloaded) // together
+    return space.memory(space.read_memory(case.root), here)
 
 
 def _disk(case: Case) -> Check:
@@ -292,7 +296,7 @@ CHECKS = (
     Row("devices", _devices),
     Row("device memory", lambda case: on_devices.device_memory(jax.local_devices()), devices=True),
     Row("product", lambda case: on_devices.computes(jax.local_devices()), devices=True),
-    Row("memory", _memory),
+    Row("memory", _memory, devices=True),
     Row("config", _config, devices=True),
     Row("disk", _disk, devices=True),
     Row("train step", _step, devices=True),

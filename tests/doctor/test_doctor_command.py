@@ -107,6 +107,13 @@ def test_a_run_that_goes_on_is_named(quick, config, capsys):
     assert (code, "run lock" in err.splitlines()[-1]) == (1, True)
 
 
+def test_text_that_a_run_has_read_before_may_be_gone(quick, config, capsys):
+    Path("runs/one/data").mkdir(parents=True)
+    code, _, err = lmeff(capsys, "doctor", config, "--data.path", "gone.txt")
+    assert code == 0, err
+    assert Path("runs/one/data").exists()
+
+
 def test_unknown_words_are_refused(config, capsys):
     assert lmeff(capsys, "doctor", "--fix")[0] == 2
     assert lmeff(capsys, "doctor", config, "--model.widht", "3")[0] == 2
