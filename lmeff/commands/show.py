@@ -17,7 +17,8 @@ from lmeff.config.schema import flat_values
 from lmeff.config.validate import validate
 from lmeff.core.files import write_asked
 from lmeff.core.precision import parse
-from lmeff.doctor.examine import Case, examine
+from lmeff.doctor.examine import examine
+from lmeff.doctor.table import Case
 from lmeff.launch import Machine, simulate_devices
 from lmeff.models.config import ModelConfig
 from lmeff.parallel.drawing import print_schedule

@@ -156,6 +156,20 @@ def test_without_devices_what_needs_them_is_passed_over(tmp_path, monkeypatch):
     }
 
 
+def test_a_process_that_does_not_come_is_a_finding(tmp_path, monkeypatch):
+    def late(name):
+        raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
+
+    monkeypatch.setattr(examination, "joined", lambda: True)
+    monkeypatch.setattr(hosts, "wait", late)
+    monkeypatch.setattr(examination, "CHECKS", examination.CHECKS[:2])
+    with pytest.raises(examination.Unwell) as caught:
+        examination.examine(examination.Case(tmp_path, tmp_path), Console(quiet=True))
+    checks = caught.value.answer["checks"]
+    assert [check["name"] for check in checks] == ["hosts", "hosts", "python", "packages"]
+    assert "Barrier timed out" in checks[0]["found"]
+
+
 def test_it_is_said_what_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(examination, "LONG", 0.01)
     row = examination.Row("devices", lambda case: time.sleep(0.3) or Check("devices", "ok", "late"))
