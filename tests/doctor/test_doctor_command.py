@@ -14,7 +14,7 @@ from rich.console import Console
 from lmeff.cli import main
 from lmeff.config import Experiment, ModelConfig, preset
 from lmeff.doctor import examine as examination
-from lmeff.doctor import hosts, step
+from lmeff.doctor import accelerators, hosts, step
 from lmeff.doctor.check import Check
 from lmeff.launch import launch
 
@@ -33,8 +33,9 @@ def trial():
 
 @pytest.fixture
 def quick(monkeypatch, trial):
-    """Steps that were taken before."""
+    """Steps that were taken before, on a machine without accelerators."""
     monkeypatch.setattr(step, "attempt", lambda *given: trial)
+    monkeypatch.setattr(accelerators, "hardware", lambda root: {})
 
 
 @pytest.fixture
@@ -115,7 +116,9 @@ def test_text_that_a_run_has_read_before_may_be_gone(quick, config, capsys):
 
 
 def test_unknown_words_are_refused(config, capsys):
-    assert lmeff(capsys, "doctor", "--fix")[0] == 2
+    code, _, err = lmeff(capsys, "doctor", "--fix")
+    assert (code, "unknown arguments ['--fix']" in err) == (2, True)
+    assert lmeff(capsys, "doctor", config, config)[0] == 2
     assert lmeff(capsys, "doctor", config, "--model.widht", "3")[0] == 2
     assert lmeff(capsys, "doctor", "absent.py")[0] == 3
 

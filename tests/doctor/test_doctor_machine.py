@@ -352,7 +352,7 @@ def test_accelerators_as_the_operating_system_shows_them(tmp_path, names, pci, f
 def test_who_has_the_accelerators(tmp_path, target, there, level):
     root = machine(tmp_path, processes=[(41, "python train.py", target), (42, "cat", "/etc/hosts"), (43, "me", target)])
     check = accelerators.in_use({there: 1}, accelerators.holders(root, own=43))
-    assert (check.level, check.remedy) == (level, "wait for it, or kill 41")
+    assert (check.level, check.remedy) == (level, "wait for it; if it is yours: kill 41")
     assert "process 41 (python train.py)" in check.found
     assert "42" not in check.found
 
@@ -374,7 +374,8 @@ def test_a_tpu_lock_that_a_process_holds(tmp_path, tpu_lockfile):
     ) as holder:
         holder.stdout.readline()
         check = accelerators.tpu_lock({"TPU": 4}, {}, tmp_path)
-        assert (check.level, check.remedy) == ("FAIL", f"wait for it, or kill {holder.pid}")
+        assert (check.level, check.remedy) == ("FAIL", f"wait for it; if it is yours: kill {holder.pid}")
+        assert accelerators.tpu_lock({}, {}, tmp_path).ok
         assert accelerators.tpu_lock({"TPU": 4}, {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}, tmp_path).ok
         holder.communicate(b"\n")
     stale = accelerators.tpu_lock({"TPU": 4}, {}, tmp_path)
