@@ -13,8 +13,8 @@ from rich.console import Console
 
 from lmeff.cli import main
 from lmeff.config import Experiment, ModelConfig, preset
-from lmeff.doctor import examine as examination
 from lmeff.doctor import accelerators, hosts, step
+from lmeff.doctor import examine as examination
 from lmeff.doctor.check import Check
 from lmeff.launch import launch
 
