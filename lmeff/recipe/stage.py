@@ -31,6 +31,7 @@ from lmeff.train.evaluate import make_eval_step
 from lmeff.train.loop import Cost, Job, train
 from lmeff.train.metrics import read_metrics
 from lmeff.train.optim import learning_rate_at
+from lmeff.train.profile import Profile, Window
 from lmeff.train.progress import Progress
 from lmeff.train.runtime import Frozen, Runtime
 from lmeff.train.state import TrainState, create_state, with_compression
@@ -41,7 +42,11 @@ Artifacts = Mapping[str, Artifact]
 
 @dataclass(frozen=True, kw_only=True)
 class Workshop:
-    """What all stages of a run share; `shapes` are those of every stage's model."""
+    """What all stages of a run share.
+
+    shapes:  of every stage's model.
+    profile: the steps of each stage to trace.
+    """
 
     experiment: Experiment
     shapes: Mapping[str, ModelConfig]
@@ -49,6 +54,7 @@ class Workshop:
     layout: Layout
     directory: Path
     resume: bool
+    profile: Window | None = None
 
     @property
     def policy(self) -> Policy:
@@ -58,6 +64,10 @@ class Workshop:
     def stage_dir(self, stage: Stage) -> Path:
         """Where a stage writes."""
         return self.directory / "stages" / stage.name
+
+    def profile_of(self, stage: Stage) -> Profile | None:
+        """The steps of a stage to trace, and where to."""
+        return None if self.profile is None else Profile(self.profile, self.directory / "profile" / stage.name)
 
     def calibration(self, batches: int) -> list[Any]:
         """The first batches of the training data."""
@@ -229,6 +239,7 @@ def _trained(
         learning_rate=lambda step: learning_rate_at(optim, steps, step),
         metadata={"stage": stage.name},
         evaluate=None if shop.experiment.train.eval_every is None else validation_loss(shop, rt, start.ranges),
+        profile=shop.profile_of(stage),
     )
     state, cost = train(job, state, progress=progress, resume=shop.resume)
     return state.final.params, State(state.final.compression, state.auxiliary), cost
