@@ -23,6 +23,7 @@ from lmeff.parallel.leaves import leaf_table, warn
 from lmeff.parallel.mesh import make_layout
 from lmeff.parallel.processes import leads, refuse_unjoined, same, sync
 from lmeff.recipe.artifact import Artifact, load, save
+from lmeff.recipe.log import replay
 from lmeff.recipe.stage import Workshop, recipe_of, run_stage
 from lmeff.recipe.summary import make_report, rule_rows
 from lmeff.report.html import write_html
@@ -32,6 +33,7 @@ from lmeff.train.checkpoint import lock
 from lmeff.train.profile import Window
 from lmeff.train.profile import check as check_profile
 from lmeff.train.progress import make_progress
+from lmeff.train.sinks import check as check_sinks
 
 
 def run(
@@ -52,6 +54,8 @@ def run(
     shapes = validate(experiment, jax.device_count())
     for package in ("matplotlib", "jinja2"):  # before hours of training, not after
         require(package, extra="report")
+    if leads():
+        check_sinks(experiment.log)
     stages = experiment.recipe if only is None else needed(experiment.recipe, only)
     if profile is not None:
         check_profile(profile, ((stage.name, experiment.steps(stage)) for stage in stages))
@@ -77,6 +81,13 @@ def run(
         if leads():
             report.write(directory / f"{name}.json")
             write_html(report, directory / f"{name}.html")
+            replay(
+                experiment.log,
+                experiment,
+                directory,
+                report.artifacts,
+                lambda line: console.print(line, highlight=False, soft_wrap=True),
+            )
         print_artifacts(report, console)
         console.print(f"report: {directory / f'{name}.html'}", highlight=False, soft_wrap=True)
         return report

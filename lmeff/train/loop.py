@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +17,11 @@ from lmeff.parallel.processes import sync
 from lmeff.parallel.rows import place_batch
 from lmeff.train.checkpoint import Checkpointer
 from lmeff.train.local_updates import LocalUpdates
-from lmeff.train.metrics import MetricsWriter, read_metrics
+from lmeff.train.metrics import MetricsWriter, Row, read_metrics
 from lmeff.train.profile import Profile, Tracer
 from lmeff.train.progress import Progress
 from lmeff.train.runtime import Frozen, Metrics, Runtime
+from lmeff.train.sinks import Sinks
 from lmeff.train.state import TrainState
 from lmeff.train.step import make_train_step
 
@@ -77,6 +78,7 @@ class Job:
     metadata:      JSON-able facts stored with each checkpoint.
     evaluate:      the held-out loss in nats/token, for `config.eval_every`.
     profile:       the steps to trace.
+    sinks:         opens what the metric lines go to besides, with those that are there.
     """
 
     rt: Runtime
@@ -89,6 +91,7 @@ class Job:
     metadata: dict[str, Any] = field(default_factory=dict)
     evaluate: Callable[[TrainState], float] | None = None
     profile: Profile | None = None
+    sinks: Callable[[Sequence[Row]], Sinks] | None = None
 
     def logs(self, step: int) -> bool:
         """Whether a metric line is due after this step."""
@@ -150,7 +153,7 @@ def train(job: Job, state: TrainState, *, progress: Progress, resume: bool) -> t
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
             state, _ = checkpointer.restore(abstract)
         start = int(state.step)
-        writer = MetricsWriter(job.directory / "metrics.jsonl", resume_step=start)
+        writer = MetricsWriter(job.directory / "metrics.jsonl", resume_step=start, sinks=job.sinks)
         tracer = Tracer(job.profile, progress.tell, start=start, steps=job.steps)
         with contextlib.closing(writer) as metrics, tracer:
             return _run(job, state, Outlets(checkpointer, metrics, progress, tracer))
