@@ -166,8 +166,9 @@ class WeightsAndBiases:
         self.first = 0 if offline else self._run.step
 
     def write(self, step: int, values: Values) -> None:
-        """Sent in the background."""
-        self._run.log(dict(values), step=step)
+        """Sent in the background, with the time when the step was taken."""
+        own = {"_timestamp" if name == "time" else name: value for name, value in values.items()}
+        self._run.log(own, step=step)
 
     def summary(self, values: Mapping[str, float]) -> None:
         """To the run's summary."""
@@ -185,7 +186,7 @@ class Trackio:
 
     def __init__(self, config: LogConfig, place: Place) -> None:
         """Written anew, in the place of what an earlier attempt left."""
-        trackio = require("trackio", extra="trackio")
+        self._trackio = trackio = require("trackio", extra="trackio")
         self._last = 0
         with _silent():
             with contextlib.suppress(ValueError):  # there is no such project yet
@@ -203,9 +204,9 @@ class Trackio:
             )
 
     def write(self, step: int, values: Values) -> None:
-        """Written in the background."""
+        """Written in the background; its own time of each row is when it came."""
         self._last = step
-        self._run.log(dict(values), step=step)
+        self._run.log({name: value for name, value in values.items() if name != "time"}, step=step)
 
     def summary(self, values: Mapping[str, float]) -> None:
         """More numbers of the last step: trackio has no summary."""
@@ -214,7 +215,7 @@ class Trackio:
     def close(self) -> None:
         """Waits until all is written."""
         with _silent():
-            self._run.finish()
+            self._trackio.finish()
 
 
 class Sinks:
