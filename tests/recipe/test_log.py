@@ -121,6 +121,22 @@ def test_refused_before_anything_is_written(config, monkeypatch, tmp_path, optio
     assert not (config.parent / "runs" / "refused").exists()
 
 
+@pytest.mark.slow
+def test_several_processes_trace_each_its_own_devices_and_log_once(config, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+    options = ("--devices", 2, "--processes", 2, "--mesh.data", 2, "--recipe.a.steps", 4)
+    code, _, err = lmeff(
+        "train", config, "--stage", "a", "--name", "pair", *options, "--profile", "2:3", "--log.sinks", "tensorboard"
+    )
+    assert code == 0, err
+    run = config.parent / "runs" / "pair"
+    names = sorted(str(file.relative_to(run / "profile")) for file in (run / "profile").rglob("*") if file.is_file())
+    session = "a/plugins/profile/steps_2_3"
+    assert names == ["a/perfetto_trace.json.gz", f"{session}/process_0.xplane.pb", f"{session}/process_1.xplane.pb"]
+    assert scalars(run, "a")["loss"] == losses(run)
+    assert len(losses(run)) == 4
+
+
 def trackio_found(folder, run):
     """The losses of the only run in a store of trackio, from a process of its own: the store's place is read once."""
     code = (
