@@ -10,7 +10,7 @@ import pytest
 
 from lmeff.core.errors import UsageError
 from lmeff.train.loop import train
-from lmeff.train.profile import PERFETTO, Profile, Window, check, parse, skipped
+from lmeff.train.profile import PERFETTO, Profile, Tracer, Window, check, parse, skipped
 from tests.train.tiny_run import STEPS, dying, fingerprint, make_job, make_state, quiet, run
 
 WINDOW = Window(5, 7)
@@ -118,6 +118,24 @@ def test_cut_off_inside_the_window(tmp_path):
     assert int(state.step) == STEPS
     jax.profiler.start_trace(tmp_path / "another")  # no trace is open any more
     jax.profiler.stop_trace()
+
+
+def test_waits_for_the_devices_at_the_end_of_the_window_alone(monkeypatch, tmp_path):
+    calls = []
+
+    def start(folder, **options):
+        calls.append("start")
+        folder.mkdir(parents=True)
+
+    monkeypatch.setattr(jax.profiler, "start_trace", start)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    monkeypatch.setattr(jax, "block_until_ready", lambda state: calls.append(f"wait for {state}"))
+    with Tracer(Profile(WINDOW, tmp_path / "tiny"), lambda line: calls.append("tell"), start=0, steps=9) as tracer:
+        for step in range(1, 10):
+            tracer.begin(step)
+            calls.append(step)
+            tracer.end(step, step)
+    assert calls == [1, 2, 3, 4, "start", 5, 6, 7, "wait for 7", "stop", "tell", 8, 9]
 
 
 @pytest.mark.parametrize(
