@@ -29,6 +29,7 @@ FREE = (
     "train.checkpoint_every",
     "train.keep",
     "evaluate.",
+    "log.",
     "claims.",
 )
 
