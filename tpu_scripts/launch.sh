@@ -80,23 +80,24 @@ if [[ ! -v SET[no-plan] ]]; then
 fi
 
 # --- every worker has it
+sum=$(sha256sum "$bundle")
+sum=${sum%% *}
 if dry; then
   if [[ -v SET[dirty] ]]; then
-    show tar -czf tree.tar.gz --no-recursion --null -T files
+    printf '%s\n' "git ls-files -z --cached --others --exclude-standard | tar -czf tree.tar.gz --no-recursion --null -T -"
   else
     show git archive --format=tar.gz --output=tree.tar.gz HEAD
   fi
   bundle=tree.tar.gz
-  sum=SHA256
-else
-  sum=$(sha256sum "$bundle")
-  sum=${sum%% *}
 fi
 count_workers
 prepare
 files=("$bundle")
 if [[ $environment != - ]]; then
-  if dry; then files+=("${SET[env-file]}"); else install -m 600 "${SET[env-file]}" "$TEMPORARY/environment" && files+=("$TEMPORARY/environment"); fi
+  secrets=$TEMPORARY/environment
+  dry && secrets=environment
+  run install -m 600 "${SET[env-file]}" "$secrets"
+  files+=("$secrets")
 fi
 send "${files[@]}"
 all_answer() { # WORD WHAT

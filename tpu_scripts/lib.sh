@@ -250,8 +250,7 @@ describe() {
     return
   fi
   # shellcheck disable=SC2034 # used by the scripts
-  IFS='|' read -r STATE BY WHY <<<"$(tr -s '[:space:]' ' ' <<<"$OUT")"
-  WHY=${WHY% }
+  IFS='|' read -r STATE BY WHY <<<"${OUT//[[:space:]]/ }"
 }
 
 count_workers() { # WORKERS: how many there are, over all slices

@@ -86,8 +86,10 @@ hold() { # as start; runs lmeff and keeps its exit code
   mv "$LMEFF_TPU_JOB/exit_code.new" "$LMEFF_TPU_JOB/exit_code"
 }
 
-alive() { # JOB
-  [[ -s jobs/$1/pid ]] && kill -0 "$(<"jobs/$1/pid")" 2>/dev/null
+alive() { # JOB: what has ended and was not yet waited for is not alive
+  local stat
+  [[ -s jobs/$1/pid && ! -e jobs/$1/exit_code ]] || return 1
+  stat=$(cat "/proc/$(<"jobs/$1/pid")/stat" 2>/dev/null) && [[ ${stat##*) } != Z* ]]
 }
 
 status() { # JOB
