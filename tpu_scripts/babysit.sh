@@ -25,7 +25,7 @@ launching="topology runs verb env-file"
 parse "$making $installing $launching timeout poll preemptions failures backoff job" "spot reserved internal-ips dirty no-plan delete" \
   "name project zone type wheel runs" -- "$@"
 config_of
-readonly LONGEST=1800 SILENT=5 STRAGGLING=3 GRACE=120
+readonly LONGEST=1800 SILENT=5 UNREAD=20 STRAGGLING=3 GRACE=120
 # shellcheck disable=SC2086 # lists of names
 share $making $installing $launching timeout poll spot reserved internal-ips dirty no-plan dry-run
 began=$(date -u +%Y%m%d-%H%M%S)
@@ -85,8 +85,11 @@ attempt() {
     adopted=''
     count_workers
   else
+    if [[ -n $job ]]; then
+      describe
+      [[ $STATE != ACTIVE ]] || far all all stop "$job" "$GRACE"
+    fi
     machines || return 0
-    if [[ -n $job ]]; then far all all stop "$job" "$GRACE"; fi
     job=$began-$attempt
     step launch.sh --job "$job" "$CONFIG" -- "${ARGUMENTS[@]}"
     judge_step launch.sh || return 0
@@ -96,12 +99,19 @@ attempt() {
 }
 
 watch() {
-  local silent=0 straggling=0 codes
+  local silent=0 unread=0 straggling=0 codes
   while true; do
     sleep "${SET[poll]}"
-    describe
+    describe calm
     case $STATE in
-      ACTIVE) ;;
+      ACTIVE) unread=0 ;;
+      UNREAD)
+        unread=$((unread + 1))
+        say "the cloud does not answer ($unread of $UNREAD times): $(reason)"
+        ((unread < UNREAD)) && continue
+        outcome failed 1 "the cloud does not answer any more"
+        return
+        ;;
       GONE | SUSPENDING | SUSPENDED | FAILED | DELETING)
         outcome again $SUSPENDED "the machines are $STATE${WHY:+: $WHY}"
         return

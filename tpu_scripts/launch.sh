@@ -27,7 +27,7 @@ config_of
 
 # --- what runs
 top=$(git rev-parse --show-toplevel 2>/dev/null) || die $USAGE "expected to be called inside the repository that is to run"
-[[ $top == "$PWD" ]] || die $USAGE "expected to be called at the top of the repository, $top"
+[[ $top == "$(pwd -P)" ]] || die $USAGE "expected to be called at the top of the repository, $top"
 commit=$(git rev-parse --verify --quiet HEAD) || die $USAGE "$top: has no commit; expected one, its tree is what runs"
 environment=-
 if [[ -v SET[env-file] ]]; then

@@ -11,7 +11,7 @@ fi
 set -euo pipefail
 export LC_ALL=C # ranges such as a-z mean ASCII
 
-SCRIPT=$(basename "$0")
+SCRIPT=${0##*/}
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 FAR=lmeff-tpu # the folder in a worker's home
 
@@ -146,6 +146,8 @@ parse() {
     matches "$word" "$ARGUMENT_PATTERN" || die $USAGE "$(printf %q "$word") behind --: expected letters, digits and ._=,:/@%+^- only"
   done
   WHERE=(--project="${SET[project]-}" --zone="${SET[zone]-}")
+  TEMPORARY=$(mktemp -d "${TMPDIR:-/tmp}/lmeff-tpu.XXXXXX")
+  trap 'rm -rf "$TEMPORARY"' EXIT
 }
 
 variable_of() { # NAME: of the environment
@@ -215,9 +217,6 @@ pause() { # SECONDS
   if dry; then show sleep "$1"; else sleep "$1"; fi
 }
 
-TEMPORARY=$(mktemp -d "${TMPDIR:-/tmp}/lmeff-tpu.XXXXXX")
-trap 'rm -rf "$TEMPORARY"' EXIT
-
 # ask COMMAND...: OUT, ERR and CODE of it. What passes by itself is tried three times.
 ask() {
   local left=3 rest=5
@@ -241,12 +240,15 @@ reason() { # the cloud's own words in one line
 
 QUEUED=(gcloud compute tpus queued-resources)
 
-# describe: STATE (GONE where there is none), BY (who began it) and WHY (the cloud's reason).
+# describe [calm]: STATE (GONE where there is none), BY (who began it) and WHY (the cloud's reason). Calm: STATE is UNREAD where the cloud does not
+# answer, which ends the script else.
 describe() {
   ask "${QUEUED[@]}" describe "${SET[name]}" "${WHERE[@]}" '--format=value[separator="|"](state.state,state.stateInitiator,state.failedData.error.message)'
   if ((CODE)); then
-    [[ $ERR == *NOT_FOUND* ]] || die 1 "${SET[name]}: cannot be looked up: $(reason)"
     STATE=GONE BY='' WHY=''
+    [[ $ERR == *NOT_FOUND* ]] && return
+    [[ ${1-} == calm ]] || die 1 "${SET[name]}: cannot be looked up: $(reason)"
+    STATE=UNREAD
     return
   fi
   # shellcheck disable=SC2034 # used by the scripts

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -364,12 +365,8 @@ def test_a_second_job_is_refused_while_one_runs(cloud):
 
 def test_runs_must_be_one_folder_for_all(cloud):
     cloud.active()
-    home = cloud.fake / "w/0-w-1/lmeff-tpu/remote.sh"
     patched = (SCRIPTS / "remote.sh").read_text().replace("if [[ -e $1/.lmeff-tpu-$2 ]]", "if [[ $HOST != *w-1 ]]")
-    home.write_text(patched)
-    (cloud.repository / "scripts").mkdir()
-    for file in SCRIPTS.iterdir():
-        shutil.copy(file, cloud.repository / "scripts")
+    shutil.copytree(SCRIPTS, cloud.repository / "scripts")
     (cloud.repository / "scripts/remote.sh").write_text(patched)
     found = subprocess.run(
         ["/bin/bash", "scripts/launch.sh", *(word.replace("@RUNS@", str(cloud.runs)) for word in ARGUMENTS["launch"])],
@@ -563,6 +560,27 @@ def test_babysit_stops_the_others_where_one_worker_failed(cloud):
     cloud.ended()
 
 
+def test_babysit_outlives_a_cloud_that_does_not_answer_for_a_while(cloud):
+    cloud.script(states_1=["ACTIVE", "ACTIVE", *["BROKEN"] * 6, "ACTIVE"], codes="0")
+    _, told = cloud("babysit", *BABYSIT)
+    assert "the cloud does not answer (2 of 20 times): ERROR: Unable to find the server" in told
+    assert "done after 1 attempts" in told
+    assert cloud.verbs().count("start") == 1
+
+
+def test_babysit_makes_machines_anew_that_do_not_answer(cloud):
+    cloud.script(states_1="ACTIVE", states_2="ACTIVE", codes="hang 0", drops=["status 1"] * 5)
+    _, told = cloud("babysit", *BABYSIT)
+    assert "1 of 2 workers answer (5 of 5 times)" in told
+    assert [verb for verb in cloud.verbs() if verb in ("create", "delete", "start")] == [
+        "create",
+        "start",
+        "delete",
+        "create",
+        "start",
+    ]
+
+
 def test_babysit_watches_a_job_that_runs(cloud):
     cloud.active()
     cloud("launch", "--job", "a", *ARGUMENTS["launch"])
@@ -744,7 +762,7 @@ def test_every_script_is_here_with_help_and_strict(cloud):
 
 
 def test_shellcheck_finds_nothing():
-    shellcheck = shutil.which("shellcheck") or os.environ.get("SHELLCHECK")
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed: pip install 'lmeff[lint]'")
     found = subprocess.run(
