@@ -25,7 +25,7 @@ ask "${command[@]}"
 if ((CODE)) && [[ $ERR != *NOT_FOUND* ]]; then
   die 1 "${SET[name]}: was not deleted, and is billed while it is ACTIVE: $(reason)"
 fi
-describe
+must_describe
 [[ $STATE == GONE ]] || die 1 "${SET[name]}: is still there as $STATE; run delete.sh again"
 say "${SET[name]}: is gone"
 ask "${listing[@]}"

@@ -19,5 +19,5 @@ no_positional
 kind=results
 [[ -v SET[checkpoints] ]] && kind=all
 far "${SET[node]}" "${SET[worker]}" pack "${SET[runs]}/${SET[run]}" "$kind"
-dry || (($(answers packed) == 1)) || die $LOST "${SET[name]}: nothing to fetch: $(grep '^@ ' <<<"$OUT" | head -n 1) $(reason)"
+dry || (($(answers packed) == 1)) || die "$LOST" "${SET[name]}: nothing to fetch: $(grep '^@ ' <<<"$OUT" | head -n 1) $(reason)"
 bring fetched.tar.gz "${SET[node]}" "${SET[worker]}" "${SET[out]}/${SET[run]}"

@@ -6,34 +6,35 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 help() {
   cat <<'END'
 launch.sh --name NAME --project PROJECT --zone ZONE [--type TYPE] [--topology v5e:4x4] [--slices N] [--runs /mnt/runs] [--verb run|train] [--dirty]
-          [--no-plan] [--env-file FILE] [--job JOB] [--internal-ips] [--settings FILE] [--dry-run] CONFIG [-- SETTINGS...]
+          [--profile 10:13] [--no-plan] [--env-file FILE] [--job JOB] [--internal-ips] [--settings FILE] [--dry-run] CONFIG [-- SETTINGS...]
 
-Run it at the top of the repository. CONFIG is a file in it; SETTINGS are those of `lmeff run` that `lmeff plan` knows too: --mesh.fsdp 16
+Run it at the top of the repository. CONFIG is a file in it; SETTINGS are those that `lmeff run` and `lmeff plan` both know: --mesh.fsdp 16
   1  takes the committed tree (git archive); --dirty takes the files as they are
-  2  runs `lmeff plan CONFIG --topology ...` on that tree, here: exit code 6 and nothing is started where it does not fit. The topology follows
+  2  runs `lmeff plan CONFIG --topology ...` of that tree, here: exit code 6 and nothing is started where it does not fit. The topology follows
      from --type where that has one shape. --no-plan leaves it out (the compiled plan needs libtpu: pip install 'lmeff[tpu]')
   3  sends the tree to every worker; with several workers, makes sure that all of them see the same --runs
   4  starts `lmeff run CONFIG --distributed SETTINGS` on every worker, in a session that outlives ssh (setsid, nohup), and returns.
      Where not every worker could be started, those that were are stopped
+  --profile 10:13   also traces these steps of each stage that trains, into RUN/profile/STAGE; profile.sh traces a run that is going
   --env-file FILE   lines VARIABLE=VALUE for the command, such as tokens: a file only you can read (chmod 600), sent as a file, never an argument
-The command, commit and the config's SHA-256 are kept in .lmeff-tpu/NAME/JOB and on every worker in ~/lmeff-tpu/jobs/JOB.
+The command, commit and the config's SHA-256 are kept in .lmeff-tpu/NAME/JOB, and what the workers write in ~/lmeff-tpu/jobs/JOB there.
 Then: logs.sh, profile.sh, fetch.sh. The job's end does not end the billing: delete.sh does. babysit.sh restarts what was taken away.
 END
 }
 
 DEFAULT=([verb]=run)
-parse "name project zone type topology slices runs verb env-file job" "dirty no-plan internal-ips" "name project zone" -- "$@"
+parse "name project zone type topology slices runs verb profile env-file job" "dirty no-plan internal-ips" "name project zone" -- "$@"
 config_of
 
 # --- what runs
-top=$(git rev-parse --show-toplevel 2>/dev/null) || die $USAGE "expected to be called inside the repository that is to run"
-[[ $top == "$(pwd -P)" ]] || die $USAGE "expected to be called at the top of the repository, $top"
-commit=$(git rev-parse --verify --quiet HEAD) || die $USAGE "$top: has no commit; expected one, its tree is what runs"
+top=$(git rev-parse --show-toplevel 2>/dev/null) || die "$USAGE" "expected to be called inside the repository that is to run"
+[[ $top == "$(pwd -P)" ]] || die "$USAGE" "expected to be called at the top of the repository, $top"
+commit=$(git rev-parse --verify --quiet HEAD) || die "$USAGE" "$top: has no commit; expected one, its tree is what runs"
 environment=-
 if [[ -v SET[env-file] ]]; then
-  [[ -r ${SET[env-file]} ]] || die $USAGE "--env-file: got ${SET[env-file]}, expected a file that can be read"
+  [[ -r ${SET[env-file]} ]] || die "$USAGE" "--env-file: got ${SET[env-file]}, expected a file that can be read"
   mode=$(stat -c %a "${SET[env-file]}" 2>/dev/null || stat -f %Lp "${SET[env-file]}")
-  [[ $mode == 600 || $mode == 400 ]] || die $USAGE "--env-file: ${SET[env-file]} can be read by others (mode $mode), expected chmod 600"
+  [[ $mode == 600 || $mode == 400 ]] || die "$USAGE" "--env-file: ${SET[env-file]} can be read by others (mode $mode), expected chmod 600"
   environment=environment
 fi
 
@@ -41,7 +42,7 @@ archive() { # FILE: the tree as a .tar.gz
   if [[ -v SET[dirty] ]]; then
     git ls-files -z --cached --others --exclude-standard |
       while IFS= read -r -d '' entry; do [[ ! -e $entry && ! -L $entry ]] || printf '%s\0' "$entry"; done |
-      tar -czf "$1" --no-recursion --null -T -
+      COPYFILE_DISABLE=1 tar -czf "$1" --no-recursion --null -T -
   else
     git archive --format=tar.gz --output="$1" HEAD
   fi
@@ -54,15 +55,16 @@ elif [[ -n $changed ]]; then
   say "changes that are not committed are not sent; --dirty sends them"
 fi
 job=${SET[job]-$(date -u +%Y%m%d-%H%M%S)-${commit:0:7}}
-[[ ! -e .lmeff-tpu/${SET[name]}/$job ]] || die $USAGE "--job: $job was launched before, expected a new name; leave it out for one by date and commit"
+[[ ! -e .lmeff-tpu/${SET[name]}/$job ]] || die "$USAGE" "--job: $job was launched before, expected a new name; leave it out for one by date and commit"
 bundle=$TEMPORARY/tree.tar.gz
 mkdir "$TEMPORARY/tree"
 archive "$bundle"
 tar -xzf "$bundle" -C "$TEMPORARY/tree"
-[[ -f $TEMPORARY/tree/$CONFIG ]] || die $USAGE "$CONFIG: is not in the tree that is sent; commit it, or pass --dirty"
-digest=$(sha256sum "$TEMPORARY/tree/$CONFIG")
+[[ -f $TEMPORARY/tree/$CONFIG ]] || die "$USAGE" "$CONFIG: is not in the tree that is sent; commit it, or pass --dirty"
+config_digest=$(digest "$TEMPORARY/tree/$CONFIG")
 command=(lmeff "${SET[verb]}" "$CONFIG" --distributed)
 [[ -v SET[runs] ]] && command+=(--runs "${SET[runs]}")
+[[ -v SET[profile] ]] && command+=(--profile "${SET[profile]}")
 command+=("${ARGUMENTS[@]}")
 
 # --- whether it fits
@@ -73,15 +75,15 @@ if [[ ! -v SET[no-plan] ]]; then
     show "${planning[@]}"
   else
     code=0
-    (cd "$TEMPORARY/tree" && "${planning[@]}") >&2 || code=$?
-    ((code != FITS_NOT)) || die $FITS_NOT "$CONFIG does not fit $TOPOLOGY; nothing was started"
+    # The tree's own lmeff comes before the one that is installed.
+    (cd "$TEMPORARY/tree" && PYTHONPATH=$PWD "${planning[@]}") >&2 || code=$?
+    ((code != FITS_NOT)) || die "$FITS_NOT" "$CONFIG does not fit $TOPOLOGY; nothing was started"
     ((code == 0)) || die "$code" "the plan of $CONFIG for $TOPOLOGY failed with exit code $code; nothing was started"
   fi
 fi
 
 # --- every worker has it
-sum=$(sha256sum "$bundle")
-sum=${sum%% *}
+sum=$(digest "$bundle")
 if dry; then
   if [[ -v SET[dirty] ]]; then
     printf '%s\n' "git ls-files -z --cached --others --exclude-standard | tar -czf tree.tar.gz --no-recursion --null -T -"
@@ -90,7 +92,10 @@ if dry; then
   fi
   bundle=tree.tar.gz
 fi
-count_workers
+count_workers || die "$LOST" "$WHY"
+if ((WORKERS > 1)) && [[ ! -v SET[runs] ]]; then
+  die "$USAGE" "--runs: is missing, expected a folder that all $WORKERS workers see (NFS, Filestore, gcsfuse), such as /mnt/runs: they write one run together"
+fi
 prepare
 files=("$bundle")
 if [[ $environment != - ]]; then
@@ -100,33 +105,43 @@ if [[ $environment != - ]]; then
   files+=("$secrets")
 fi
 send "${files[@]}"
-all_answer() { # WORD WHAT
-  dry && return
-  local refused
-  refused=$(refusals)
-  (($(answers "$1") == WORKERS)) || die $LOST "$2 on $(answers "$1") of $WORKERS workers only; ${refused:-$(reason)}; nothing was started"
-}
 far all all unpack tree.tar.gz "$sum" "$tree"
-all_answer unpacked "the tree is"
-if dry || ((WORKERS > 1)); then
-  [[ -v SET[runs] ]] || dry || die $USAGE "--runs: is missing, expected a folder that all $WORKERS workers see (NFS, Filestore, gcsfuse), such as /mnt/runs: they write one run together"
-fi
-if [[ -v SET[runs] ]] && { dry || ((WORKERS > 1)); }; then
+unpacked=$(answers unpacked) refused=$(refusals)
+dry || ((unpacked == WORKERS)) || die "$LOST" "the tree is on $unpacked of $WORKERS workers only; ${refused:-$(reason)}; nothing was started"
+
+# shared_runs: worker 0 leaves a mark in --runs, which every worker must see. BLIND says what is wrong.
+shared_runs() {
+  local all
+  BLIND=''
   far 0 0 mark "${SET[runs]}" "$job"
-  dry || (($(answers marked) == 1)) || die $LOST "--runs: ${SET[runs]} cannot be written on worker 0: $(reason); nothing was started"
+  dry || (($(answers marked) == 1)) || BLIND="${SET[runs]} cannot be written on worker 0: $(refusals)$(reason)"
+  [[ -z $BLIND ]] || return 0
   far all all seen "${SET[runs]}" "$job"
-  blind=$(grep '^@ [^ ]* unseen' <<<"${OUT-}" | cut -d' ' -f2 | head -n 3 || true)
-  told=${OUT-}
+  all=$OUT
   far 0 0 unmark "${SET[runs]}" "$job"
-  [[ -z $blind ]] || die $LOST "--runs: ${SET[runs]} is not the same folder everywhere: worker $(tr '\n' ' ' <<<"$blind")does not see what worker 0 wrote; mount shared storage there. Nothing was started"
-  OUT=$told
-  all_answer seen "--runs was seen"
+  dry && return
+  OUT=$all
+  all=$(sed -n 's/^@ \([^ ]*\) unseen.*/\1/p' <<<"$OUT" | head -n 3 | tr '\n' ' ')
+  if [[ -n $all ]]; then
+    BLIND="${SET[runs]} is not the same folder everywhere: worker ${all}does not see what worker 0 wrote; mount shared storage there"
+  elif (($(answers seen) != WORKERS)); then
+    BLIND="${SET[runs]} was seen by $(answers seen) of $WORKERS workers: $(reason)"
+  fi
+}
+if [[ -v SET[runs] ]] && { dry || ((WORKERS > 1)); }; then
+  for try in 1 2 3; do # a start-up script may still be mounting it
+    shared_runs
+    [[ -n $BLIND ]] || break
+    say "try $try of 3: --runs: $BLIND"
+    ((try == 3)) || sleep 20
+  done
+  [[ -z $BLIND ]] || die "$LOST" "--runs: $BLIND. Nothing was started"
 fi
 
 # --- start
 record=$TEMPORARY/record
 {
-  printf 'job=%s\ncommit=%s\ntree=%s\nconfig=%s\nconfig_sha256=%s\ntopology=%s\ncommand=' "$job" "$commit" "$tree" "$CONFIG" "${digest%% *}" "${TOPOLOGY-}"
+  printf 'job=%s\ncommit=%s\ntree=%s\nconfig=%s\nconfig_sha256=%s\ntopology=%s\ncommand=' "$job" "$commit" "$tree" "$CONFIG" "$config_digest" "${TOPOLOGY-}"
   show "${command[@]}"
 } >"$record"
 begin=(far all all start "$job" "$tree" "$environment" "${command[@]:1}")
@@ -142,13 +157,15 @@ for try in 1 2 3; do
   (($(answers started) == WORKERS)) && break
   refused=$(refusals)
   [[ -z $refused ]] || break
-  say "try $try: started on $(answers started) of $WORKERS workers: $(reason)"
-  ((try < 3)) && sleep $((try * 10))
+  say "try $try of 3: started on $(answers started) of $WORKERS workers: $(reason)"
+  ((try == 3)) || sleep $((try * 10))
 done
 if (($(answers started) != WORKERS)); then
   last=$(answers started)
   far all all stop "$job" 30
   stopped=$(answers stopped)
-  die $LOST "$job: started on $last of $WORKERS workers only${refused:+ ($refused)}, and stopped on $stopped; $( ((stopped == WORKERS)) && echo 'nothing runs' || echo 'on the others it may run: delete.sh ends them')"
+  left="nothing of it runs"
+  ((stopped == WORKERS)) || left="on the others it may run: delete.sh ends them"
+  die "$LOST" "$job: started on $last of $WORKERS workers only${refused:+ ($refused)}, and stopped on $stopped; $left"
 fi
 say "$job: runs on $WORKERS workers; logs.sh --name ${SET[name]} shows it. It goes on without this terminal. delete.sh ends the billing"

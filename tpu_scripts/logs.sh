@@ -8,26 +8,26 @@ help() {
 logs.sh --name NAME --project PROJECT --zone ZONE [--job JOB] [--lines 50] [--node 0] [--worker 0] [--all | --follow] [--internal-ips]
         [--settings FILE] [--dry-run]
 
-The last --lines of the newest job, or of --job, of one worker (the first, where lmeff speaks), or of --all. --follow goes on until Ctrl-C, which
-ends the view and not the job.
+The last --lines of the newest job, or of --job, of one worker (the first, where lmeff speaks), or of --all, each line with its worker. --follow
+goes on until Ctrl-C, which ends the view and not the job.
 END
 }
 
 DEFAULT=([job]=latest [lines]=50 [node]=0 [worker]=0)
 parse "name project zone job lines node worker" "all follow internal-ips" "name project zone" -- "$@"
 no_positional
-[[ -v SET[all] && -v SET[follow] ]] && die $USAGE "--all and --follow: got both, expected one of the two"
-node=${SET[node]} worker=${SET[worker]} words=(log "${SET[job]}" "${SET[lines]}")
-[[ -v SET[all] ]] && node=all worker=all
-if [[ -v SET[follow] ]] && ! dry; then
-  printf -v line '%q ' bash "$FAR/remote.sh" "${words[@]}" follow
-  command=("${QUEUED[@]}" ssh "${SET[name]}" "${WHERE[@]}" --node="$node" --worker="$worker" --quiet --command="${line% }")
-  [[ -v SET[internal-ips] ]] && command+=(--internal-ip)
+[[ -v SET[all] && -v SET[follow] ]] && die "$USAGE" "--all and --follow: got both, expected one of the two"
+words=(log "${SET[job]}" "${SET[lines]}")
+if [[ -v SET[follow] ]]; then
+  reach "${SET[node]}" "${SET[worker]}" "${words[@]}" follow
+  dry && show "${REACH[@]}" && exit 0
   rm -rf "$TEMPORARY" # exec leaves no trap behind
-  exec "${command[@]}"
+  exec "${REACH[@]}"
+elif [[ -v SET[all] ]]; then
+  far all all "${words[@]}" each
+else
+  far "${SET[node]}" "${SET[worker]}" "${words[@]}"
 fi
-[[ -v SET[follow] ]] && words+=(follow)
-far "$node" "$worker" "${words[@]}"
 dry && exit 0
-(($(answers log))) || die $LOST "${SET[name]}: no log was read: $(grep '^@ ' <<<"$OUT" | head -n 1) $(reason)"
-printf '%s\n' "$OUT"
+(($(answers log))) || die "$LOST" "${SET[name]}: no log was read: $(grep '^@ ' <<<"$OUT" | head -n 1) $(reason)"
+if [[ -v SET[all] ]]; then sort -s -k 1,1 <<<"$(grep -v '^@ ' <<<"$OUT")"; else printf '%s\n' "$OUT"; fi

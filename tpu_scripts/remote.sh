@@ -3,7 +3,7 @@
 #
 #   ~/lmeff-tpu/                venv, wheel, constraints, this file
 #   ~/lmeff-tpu/trees/COMMIT/   the code that runs
-#   ~/lmeff-tpu/jobs/JOB/       log, pid, exit_code, profile/
+#   ~/lmeff-tpu/jobs/JOB/       log, pid (of the job's session), lmeff.pid, exit_code, profile/
 set -euo pipefail
 cd "$HOME/lmeff-tpu"
 HOST=$(hostname)
@@ -15,7 +15,7 @@ install() { # WHEEL SHA256 EXTRAS PYTHON UV
   found=$(sha256sum "$1")
   [[ ${found%% *} == "$2" ]] || { answer "failed the wheel arrived damaged"; return; }
   {
-    python3 -m pip install --quiet --user "uv==$5"
+    PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user "uv==$5" # newer images refuse --user without it
     "$HOME/.local/bin/uv" venv --quiet --allow-existing --python "$4" venv
     "$HOME/.local/bin/uv" pip install --quiet --python venv/bin/python --constraint constraints.txt "./$1[$3]"
   } >install.log 2>&1 || { answer "failed $(tail -n 3 install.log | tr -s '[:space:]' ' ')"; return; }
@@ -66,12 +66,15 @@ start() { # JOB TREE ENV_FILE(or -) WORDS...: of lmeff
     fi
   done
   mkdir -p "jobs/$job"
+  [[ $environment == - ]] || chmod 600 "$environment"
   setsid nohup bash "$PWD/remote.sh" hold "$job" "$tree" "$environment" "$@" >"jobs/$job/log" 2>&1 </dev/null &
   echo $! >"jobs/$job/pid"
   answer started
 }
 
-hold() { # as start; runs lmeff and keeps its exit code
+# As start: runs lmeff, passes notices on to it, and keeps its exit code. A SIGTERM that reaches the whole session, as at a shutdown, is lmeff's to
+# answer: this shell waits for it.
+hold() {
   local job=$1 tree=$2 environment=$3 code=0 line home=$PWD
   shift 3
   if [[ $environment != - ]]; then
@@ -79,11 +82,32 @@ hold() { # as start; runs lmeff and keeps its exit code
       [[ $line =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] && export "${line?}"
     done <"$environment"
   fi
-  export LMEFF_TPU_JOB=$PWD/jobs/$job
+  export LMEFF_JOB=$PWD/jobs/$job
+  notice preempted TRUE &
+  notice maintenance-event TERMINATE_ON_HOST_MAINTENANCE &
   cd "trees/$tree"
-  "$home/venv/bin/python" "$home/profiled.py" "$@" || code=$?
-  echo "$code" >"$LMEFF_TPU_JOB/exit_code.new"
-  mv "$LMEFF_TPU_JOB/exit_code.new" "$LMEFF_TPU_JOB/exit_code"
+  trap : TERM
+  # shellcheck disable=SC2016 # expands in the shell that becomes lmeff
+  bash -c 'echo $$ >"$LMEFF_JOB/lmeff.pid" && exec "$@"' lmeff "$home/venv/bin/python" "$home/profiled.py" "$@" || code=$?
+  echo "$code" >"$LMEFF_JOB/exit_code.new"
+  mv "$LMEFF_JOB/exit_code.new" "$LMEFF_JOB/exit_code"
+  kill -KILL -- "-$$" # whatever is left of the session: the listeners, lmeff's helpers
+}
+
+# notice KEY VALUE: waits until Google's metadata server says so of this machine, and tells lmeff to stop, which saves and exits with 42.
+# https://cloud.google.com/compute/docs/instances/create-use-spot#detect-preemption and .../metadata/getting-live-migration-notice
+notice() {
+  local query='' said=''
+  until [[ $said == "$2" ]]; do
+    if said=$(curl -sf --max-time 900 -H 'Metadata-Flavor: Google' "http://metadata.google.internal/computeMetadata/v1/instance/$1$query"); then
+      query='?wait_for_change=true&timeout_sec=600' # the first answer is of now
+    else
+      query=''
+      sleep 60
+    fi
+  done
+  echo "lmeff-tpu: notice: $1 is $said: lmeff is told to stop"
+  kill -TERM "$(<"$LMEFF_JOB/lmeff.pid")"
 }
 
 alive() { # JOB: what has ended and was not yet waited for is not alive
@@ -104,15 +128,16 @@ status() { # JOB
   fi
 }
 
-stop() { # JOB GRACE: the whole session, politely, then not
-  local waited=0
+stop() { # JOB GRACE: lmeff politely, then all of the session not
+  local waited=0 pid
   if alive "$1"; then
-    kill -TERM -- "-$(<"jobs/$1/pid")" 2>/dev/null || true
+    pid=$(<"jobs/$1/pid")
+    kill -TERM "$(cat "jobs/$1/lmeff.pid" 2>/dev/null || echo "-$pid")" 2>/dev/null || true
     while alive "$1" && ((waited < $2)); do
       sleep 1
       waited=$((waited + 1))
     done
-    kill -KILL -- "-$(<"jobs/$1/pid")" 2>/dev/null || true
+    kill -KILL -- "-$pid" 2>/dev/null || true
   fi
   answer stopped
 }
@@ -120,17 +145,22 @@ stop() { # JOB GRACE: the whole session, politely, then not
 stop_all() { # GRACE: whatever these scripts have begun
   local folder
   for folder in jobs/*/; do
-    [[ -d $folder ]] && folder=${folder%/} && stop "${folder#jobs/}" "$1" >/dev/null
+    folder=${folder#jobs/}
+    stop "${folder%/}" "$1" >/dev/null
   done
   answer stopped
 }
 
-log() { # JOB LINES [follow]
+log() { # JOB LINES [follow | each]: each line with its worker
   local job=$1
   if [[ $job == latest ]]; then job=$(newest); fi
   [[ -f jobs/$job/log ]] || { answer "failed there is no job '$job'"; return; }
   answer "log of $job"
-  if [[ ${3-} == follow ]]; then exec tail -n "$2" -f "jobs/$job/log"; else tail -n "$2" "jobs/$job/log"; fi
+  case ${3-} in
+    follow) exec tail -n "$2" -f "jobs/$job/log" ;;
+    each) tail -n "$2" "jobs/$job/log" | sed "s/^/$HOST | /" ;;
+    *) tail -n "$2" "jobs/$job/log" ;;
+  esac
 }
 
 newest() {
@@ -154,6 +184,10 @@ profile() { # JOB SECONDS: asks profiled.py, and packs what it wrote
     sleep 1
     waited=$((waited + 1))
   done
+  if [[ -s jobs/$job/profile.done ]]; then
+    answer "failed $(<"jobs/$job/profile.done")"
+    return
+  fi
   tar -czf profile.tar.gz -C "jobs/$job" profile
   answer "packed $(du -h profile.tar.gz | cut -f1)"
 }
@@ -163,7 +197,7 @@ pack() { # FOLDER KIND: of a run: "results" or "all"
   if [[ $2 == all ]]; then
     tar -czf fetched.tar.gz -C "$1" .
   else
-    (cd "$1" && find . -name checkpoints -prune -o -type f \( -name 'report*' -o -name metrics.jsonl -o -name config.json -o -name done.json \) -print0) |
+    (cd "$1" && find . -name checkpoints -prune -o -type f \( -name 'report*' -o -name metrics.jsonl -o -name config.json -o -name done.json -o -path './profile/*' \) -print0) |
       tar -czf fetched.tar.gz -C "$1" --null -T -
   fi
   answer "packed $(du -h fetched.tar.gz | cut -f1)"

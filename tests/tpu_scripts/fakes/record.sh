@@ -19,3 +19,5 @@ next_line() { # FILE
   echo $((at + 1)) >"$1.at"
   printf '%s' "${lines[at]}"
 }
+# How often workers were asked for the status of the job that runs.
+polls() { cat "$FAKE/polls" 2>/dev/null || echo 0; }
