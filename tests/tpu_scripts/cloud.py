@@ -46,13 +46,21 @@ GIT = {
 }
 
 
+def wait_until(true, seconds=20):
+    """Waits until a function says so."""
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 class Cloud:
     """A temporary repository, and the cloud that its scripts are called with."""
 
     def __init__(self, folder: Path, repository: Path):
         self.fake, self.repository, self.runs = folder / "fake", folder / "repository", folder / "runs"
         self.fake.mkdir()
-        shutil.copytree(repository, self.repository)
+        shutil.copytree(repository, self.repository, symlinks=True)
         self.environment = {
             "PATH": f"{FAKES}:/usr/bin:/bin",
             "HOME": str(folder),
@@ -63,10 +71,12 @@ class Cloud:
         self.script(workers="2", codes="0")
 
     def script(self, **files):
-        """A history: `states_1="PROVISIONING ACTIVE"` is the file states.1 with a line a word; lists are lines."""
+        """A history: `states_1="PROVISIONING ACTIVE"` is the file states.1 with a line a word, `codes_0_w_1` is codes.0-w-1; lists are lines."""
         for name, lines in files.items():
+            kind, _, of = name.partition("_")
             lines = lines.split() if isinstance(lines, str) else lines
-            (self.fake / name.replace("_", ".")).write_text("".join(f"{line}\n" for line in lines))
+            file = f"{kind}.{of.replace('_', '-')}" if of else kind
+            (self.fake / file).write_text("".join(f"{line}\n" for line in lines))
 
     def active(self, nodes=1):
         """Machines that are there, with lmeff on them."""
@@ -74,17 +84,26 @@ class Cloud:
         return self("setup", *PLACE, *WHEEL, *(("--slices", str(nodes)) if nodes > 1 else ()))
 
     def __call__(self, script, *arguments, code=0, **environment):
-        words = [word.replace("@RUNS@", str(self.runs)) for word in arguments]
-        found = subprocess.run(
-            ["/bin/bash", str(SCRIPTS / f"{script}.sh"), *words],
+        return self.run(f"tpu_scripts/{script}.sh", *arguments, code=code, **environment)
+
+    def run(self, *command, code=0, **environment):
+        """What a command says on stdout and stderr, called at the top of the repository; @RUNS@ is a folder that all workers see."""
+        with self.begun(*command, **environment) as begun:
+            stdout, stderr = begun.communicate(timeout=60)
+        assert begun.returncode == code, f"{command}: exit code {begun.returncode}\n{stdout}\n{stderr}"
+        return stdout, stderr
+
+    def begun(self, *command, **environment):
+        """As run, but goes on beside the test."""
+        return subprocess.Popen(
+            [word.replace("@RUNS@", str(self.runs)) for word in command],
             cwd=self.repository,
             env={**self.environment, **environment},
-            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=15,
         )
-        assert found.returncode == code, f"{script}: exit code {found.returncode}\n{found.stdout}\n{found.stderr}"
-        return found.stdout, found.stderr
 
     def calls(self):
         log = self.fake / "log.jsonl"
@@ -100,6 +119,15 @@ class Cloud:
                 )
                 found.append(sent[1] if sent else call[4])
         return found
+
+    def life(self):
+        """As verbs, of those alone that make, end, start and stop."""
+        return [verb for verb in self.verbs() if verb in ("create", "delete", "start", "stop", "stop_all")]
+
+    def asked_for(self):
+        """Whether a queued resource is there, in whatever state: what would be billed, or would become so."""
+        life = self.fake / "life"
+        return life.exists() and life.read_text() != "gone\n"
 
     def launches(self):
         """lmeff's command lines on workers: (worker, words)."""
@@ -117,12 +145,13 @@ class Cloud:
             if Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()
         ]
 
-    def ended(self, seconds=10):
+    def ended(self):
         """Waits until every job has ended by itself."""
-        until = time.monotonic() + seconds
-        while self.running() and time.monotonic() < until:
-            time.sleep(0.01)
-        assert not self.running()
+        wait_until(lambda: not self.running())
+
+    def job(self, worker, name="a"):
+        """The folder of a job on a worker, such as 0-w-1."""
+        return self.fake / f"w/{worker}/lmeff-tpu/jobs/{name}"
 
 
 def make_repository(made: Path) -> Path:
