@@ -89,6 +89,7 @@ hold() {
   trap : TERM
   # shellcheck disable=SC2016 # expands in the shell that becomes lmeff
   bash -c 'echo $$ >"$LMEFF_JOB/lmeff.pid" && exec "$@"' lmeff "$home/venv/bin/python" "$home/profiled.py" "$@" || code=$?
+  ((code != 143)) || code=42 # SIGTERM before lmeff could hear it: it was told to stop, and there was nothing yet to save
   echo "$code" >"$LMEFF_JOB/exit_code.new"
   mv "$LMEFF_JOB/exit_code.new" "$LMEFF_JOB/exit_code"
   kill -KILL -- "-$$" # whatever is left of the session: the listeners, lmeff's helpers
@@ -107,6 +108,7 @@ notice() {
     fi
   done
   echo "lmeff-tpu: notice: $1 is $said: lmeff is told to stop"
+  until [[ -s $LMEFF_JOB/lmeff.pid ]]; do sleep 1; done
   kill -TERM "$(<"$LMEFF_JOB/lmeff.pid")"
 }
 

@@ -61,7 +61,7 @@ def test_a_shutdown_that_signals_every_process_lets_lmeff_save(launched):
     launch(launched)
     os.killpg(int((launched.job("0-w-0") / "pid").read_text()), signal.SIGTERM)
     assert code_of(launched, "0-w-0") == "42\n"
-    assert len(launched.running()) == 1
+    wait_until(lambda: len(launched.running()) == 1)
 
 
 @pytest.mark.parametrize(
@@ -79,12 +79,13 @@ def test_a_notice_tells_lmeff_to_stop(launched, notice):
         ["-sf", "--max-time", "900", "-H", "Metadata-Flavor: Google", f"{METADATA}/{key}{query}"]
         for query in ("", "?wait_for_change=true&timeout_sec=600")
     ]
-    assert len(launched.running()) == 1  # the other worker has no notice; lmeff agrees with its peers by itself
+    wait_until(lambda: len(launched.running()) == 1)  # the other worker has no notice; lmeff agrees with its peers by itself
 
 
 def test_a_notice_that_was_there_before_is_heard(launched):
+    """As early as it may come: before lmeff is up, which then has nothing to save."""
     launched.script(notices=["preempted TRUE 0-w-1 0"])
-    launch(launched)
+    launched("launch", "--job", "a", *ARGUMENTS["launch"])
     assert code_of(launched, "0-w-1") == "42\n"
 
 
@@ -93,7 +94,7 @@ def test_a_machine_that_only_moves_is_no_reason_to_stop(launched):
     launch(launched)
     asked = f"{METADATA}/maintenance-event?wait_for_change=true&timeout_sec=600"
     wait_until(lambda: any(call[1] == "0-w-0" and call[-1] == asked for call in launched.calls()))
-    assert (launched.fake / "told.0-w-0.maintenance-event").read_text() == "MIGRATE_ON_HOST_MAINTENANCE"
+    assert (launched.fake / "told.0-w-0.maintenance-event").read_text() == "MIGRATE_ON_HOST_MAINTENANCE\n"
     assert len(launched.running()) == 2
 
 

@@ -20,4 +20,7 @@ next_line() { # FILE
   printf '%s' "${lines[at]}"
 }
 # How often workers were asked for the status of the job that runs.
-polls() { cat "$FAKE/polls" 2>/dev/null || echo 0; }
+polls() { # POLLS
+  POLLS=0
+  if [[ -s $FAKE/polls ]]; then read -r POLLS <"$FAKE/polls"; fi
+}
