@@ -23,7 +23,7 @@ WHEEL = ("--wheel", "dist/lmeff-0.1.0-py3-none-any.whl")
 RUNS = ("--runs", "@RUNS@")
 CONFIG = "configs/mine.py"
 GKE = ("--name", "job-1", "--image", "us-docker.pkg.dev/my-project/lmeff/train:0.1")
-JOBSET = ("jobset", *GKE, "--topology", "v5p:4x4x4:2", "--claim", "runs", CONFIG)
+JOBSET = ("jobset", *GKE, "--topology", "v5p:2x4x4:2", "--claim", "runs", CONFIG)
 XPK = ("xpk", *GKE, *PLACE[2:], "--cluster", "tpus", *TYPE, CONFIG)
 ARGUMENTS = {
     "create": (*PLACE, *TYPE),
