@@ -185,7 +185,10 @@ finish() { # CODE WHY: nothing is left that was not asked for
   case $STATE in
     GONE) ;;
     UNREAD) say "${SET[name]}: cannot be looked up, may be ACTIVE and billed: delete.sh" ;;
-    ACTIVE) [[ -v SET[delete] ]] || say "${SET[name]}: is still ACTIVE and billed: delete.sh --name ${SET[name]} --project ${SET[project]} --zone ${SET[zone]}" ;;
+    ACTIVE)
+      [[ -v SET[delete] ]] ||
+        say "${SET[name]}: is still ACTIVE and billed: delete.sh --name ${SET[name]} --project ${SET[project]} --zone ${SET[zone]}"
+      ;;
   esac
   if [[ $STATE != GONE ]] && { [[ -v SET[delete] ]] || [[ $STATE != ACTIVE && $STATE != UNREAD ]]; }; then
     step delete.sh

@@ -199,7 +199,8 @@ pack() { # FOLDER KIND: of a run: "results" or "all"
   if [[ $2 == all ]]; then
     tar -czf fetched.tar.gz -C "$1" .
   else
-    (cd "$1" && find . -name checkpoints -prune -o -type f \( -name 'report*' -o -name metrics.jsonl -o -name config.json -o -name done.json -o -path './profile/*' \) -print0) |
+    local wanted=(-name 'report*' -o -name metrics.jsonl -o -name config.json -o -name done.json -o -path './profile/*')
+    (cd "$1" && find . -name checkpoints -prune -o -type f \( "${wanted[@]}" \) -print0) |
       tar -czf fetched.tar.gz -C "$1" --null -T -
   fi
   answer "packed $(du -h fetched.tar.gz | cut -f1)"

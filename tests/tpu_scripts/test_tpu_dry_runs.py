@@ -1,6 +1,7 @@
 """What the scripts print: golden transcripts of dry runs, manifests for GKE, help; and that shellcheck finds nothing.
 
-After a change that is meant, `UPDATE_GOLDEN=1 python -m pytest tests/tpu_scripts/test_tpu_dry_runs.py` writes the transcripts anew; git shows what became of them.
+After a change that is meant, `UPDATE_GOLDEN=1 python -m pytest tests/tpu_scripts/test_tpu_dry_runs.py` writes the transcripts anew; git shows what
+became of them.
 """
 
 import os
@@ -74,13 +75,28 @@ def test_what_a_dry_run_prints_is_what_is_run(cloud, script):
     lines = [line for line in told.splitlines() if line.startswith("gcloud")]
     (cloud.fake / "log.jsonl").unlink()
     for line in lines:
-        subprocess.run(["bash", "-c", line], cwd=cloud.repository, env=cloud.environment, capture_output=True, timeout=60)
+        subprocess.run(
+            ["bash", "-c", line], cwd=cloud.repository, env=cloud.environment, capture_output=True, timeout=60
+        )
     printed = [call for call in cloud.calls() if call[0] == "gcloud"]
     assert len(printed) == len(lines) > 0
 
 
 def test_a_printed_line_is_read_back_as_the_same_words(cloud):
-    words = ["a", "", "a b", "it's", "$(x)", "--command=bash 'x' \"y\"", "--format=value(a,b)", "--x=", "*", "~", "a\nb", "\\"]
+    words = [
+        "a",
+        "",
+        "a b",
+        "it's",
+        "$(x)",
+        "--command=bash 'x' \"y\"",
+        "--format=value(a,b)",
+        "--x=",
+        "*",
+        "~",
+        "a\nb",
+        "\\",
+    ]
     told, _ = cloud.run("bash", "-c", 'source tpu_scripts/lib.sh; show "$@"', "x", *words)
     again, _ = cloud.run("bash", "-c", f"printf '%s\\0' {told}")
     assert again.split("\0")[:-1] == words
@@ -136,12 +152,12 @@ def test_help_costs_nothing_and_says_what_forgetting_costs(cloud, script):
     told, errors = cloud(script, "--help")
     assert told.startswith(f"{script}.sh ")
     assert errors == ""
-    for words in (("-h",), (*ARGUMENTS[script][: 1 if script == "gke" else 0], "--zone", "x", "--help")):
+    for words in (("-h",), (*ARGUMENTS[script][: 1 if script == "gke" else 0], "--name", "$x", "--help")):
         assert cloud(script, *words)[0] == told
     assert all(len(line) <= 160 for line in told.splitlines())
     assert "--dry-run" in told
     if script in BILLED:
-        assert "billed" in told
+        assert "bill" in told
         assert ("delete.sh" in told) or script == "gke"
     assert not re.search(r"\$ ?\d", told)  # no price, which would be wrong tomorrow
     assert cloud.calls() == []

@@ -70,7 +70,9 @@ def test_a_shutdown_that_signals_every_process_lets_lmeff_save(launched):
 def test_a_notice_tells_lmeff_to_stop(launched, notice):
     launch(launched)
     key, value = notice.split()
-    wait_until(lambda: all((launched.fake / f"told.0-w-0.{name}").exists() for name in ("preempted", "maintenance-event")))
+    wait_until(
+        lambda: all((launched.fake / f"told.0-w-0.{name}").exists() for name in ("preempted", "maintenance-event"))
+    )
     launched.script(notices=[f"{notice} 0-w-0 0"])
     assert code_of(launched, "0-w-0") == "42\n"
     assert f"notice: {key} is {value}: lmeff is told to stop" in launched("logs", *PLACE)[0]
@@ -79,7 +81,9 @@ def test_a_notice_tells_lmeff_to_stop(launched, notice):
         ["-sf", "--max-time", "900", "-H", "Metadata-Flavor: Google", f"{METADATA}/{key}{query}"]
         for query in ("", "?wait_for_change=true&timeout_sec=600")
     ]
-    wait_until(lambda: len(launched.running()) == 1)  # the other worker has no notice; lmeff agrees with its peers by itself
+    wait_until(
+        lambda: len(launched.running()) == 1
+    )  # the other worker has no notice; lmeff agrees with its peers by itself
 
 
 def test_a_notice_that_was_there_before_is_heard(launched):

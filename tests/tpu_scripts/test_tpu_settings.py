@@ -69,7 +69,14 @@ def refusals(cloud, script, words, tried, end=None):
         end = words.index(CONFIG) if CONFIG in words else len(words)
     words = tuple("/mnt/runs" if word == "@RUNS@" else word for word in words)
     found = subprocess.run(
-        ["bash", str(Path(__file__).parent / "refusals.sh"), f"tpu_scripts/{script}.sh", *words[:end], "::", *words[end:]],
+        [
+            "bash",
+            str(Path(__file__).parent / "refusals.sh"),
+            f"tpu_scripts/{script}.sh",
+            *words[:end],
+            "::",
+            *words[end:],
+        ],
         cwd=cloud.repository,
         env=cloud.environment,
         input="".join(f"{field}\0" for case in tried for field in case),
@@ -104,7 +111,14 @@ def test_no_hostile_config_or_word_for_lmeff_reaches_a_command(cloud, call):
     script, words = call.split()[0], words[: words.index(CONFIG)]
     configs = (*HOSTILE, "/x.py", "a.sh", "configs/../x.py", "configs//x.py", "-x.py")
     told = refusals(cloud, script, words, [("word", "", value) for value in configs if value != "--settings=x"])
-    alone = ("..", "-x", "--force", "--settings=x", "../../etc", "a/../b")  # a shell leaves them alone; lmeff judges them
+    alone = (
+        "..",
+        "-x",
+        "--force",
+        "--settings=x",
+        "../../etc",
+        "a/../b",
+    )  # a shell leaves them alone; lmeff judges them
     behind = [("word", "", value) for value in HOSTILE if value not in alone]
     told += refusals(cloud, script, (*words, CONFIG, "--"), behind, end=len(words) + 2)
     assert told == ""
@@ -126,7 +140,9 @@ def test_an_option_that_is_none_is_refused(cloud, call):
 def test_what_is_missing_is_named(cloud, call):
     script, words = call.split()[0], CALLS[call]
     settings, _ = options_of(script, words)
-    needed = [name for name in settings if f"--{name}" in words and not (script == "launch" and name in ("type", "runs"))]
+    needed = [
+        name for name in settings if f"--{name}" in words and not (script == "launch" and name in ("type", "runs"))
+    ]
     for name in needed:
         _, told = cloud(script, *without(words, name), code=2)
         assert f"--{name}: is missing" in told
@@ -150,7 +166,9 @@ def test_flags_over_environment_over_file(cloud):
     assert again == told.replace("env-project", "file-project")
 
 
-@pytest.mark.parametrize("line", ["nmae=x", "name", "eval `touch pwned`", "[$(touch pwned)]=x", "spot=yes", "=x", "-v=1"])
+@pytest.mark.parametrize(
+    "line", ["nmae=x", "name", "eval `touch pwned`", "[$(touch pwned)]=x", "spot=yes", "=x", "-v=1"]
+)
 def test_a_line_of_a_settings_file_that_is_no_setting_is_refused(cloud, line):
     (cloud.repository / "tpu.settings").write_text(f"zone=us-east5-b\n{line}\n")
     _, told = cloud("create", "--settings", "tpu.settings", *PLACE, *TYPE, code=2)
