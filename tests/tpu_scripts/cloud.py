@@ -46,7 +46,7 @@ GIT = {
 }
 
 
-def wait_until(true, seconds=20):
+def wait_until(true, seconds=60):
     """Waits until a function says so."""
     until = time.monotonic() + seconds
     while not true():
@@ -89,7 +89,7 @@ class Cloud:
     def run(self, *command, code=0, **environment):
         """What a command says on stdout and stderr, called at the top of the repository; @RUNS@ is a folder that all workers see."""
         with self.begun(*command, **environment) as begun:
-            stdout, stderr = begun.communicate(timeout=60)
+            stdout, stderr = begun.communicate(timeout=180)
         assert begun.returncode == code, f"{command}: exit code {begun.returncode}\n{stdout}\n{stderr}"
         return stdout, stderr
 

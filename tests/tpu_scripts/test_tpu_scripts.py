@@ -1,17 +1,12 @@
 """The launch scripts against a cloud of folders."""
 
 import hashlib
-import os
-import re
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.tpu_scripts.cloud import ARGUMENTS, CONFIG, GKE, JOBSET, PLACE, ROOT, SCRIPTS, TYPE, WHEEL, XPK
+from tests.tpu_scripts.cloud import ARGUMENTS, CONFIG, PLACE, SCRIPTS, TYPE, WHEEL
 
 GOLDEN = Path(__file__).parent / "golden"
 
