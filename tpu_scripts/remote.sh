@@ -112,10 +112,11 @@ notice() {
   kill -TERM "$(<"$LMEFF_JOB/lmeff.pid")"
 }
 
-alive() { # JOB: what has ended and was not yet waited for is not alive
-  local stat
+alive() { # JOB: by its command, since a number may be another's after the machine began anew; what has ended and was not waited for has none
+  local pid
   [[ -s jobs/$1/pid && ! -e jobs/$1/exit_code ]] || return 1
-  stat=$(cat "/proc/$(<"jobs/$1/pid")/stat" 2>/dev/null) && [[ ${stat##*) } != Z* ]]
+  pid=$(<"jobs/$1/pid")
+  [[ -r /proc/$pid/cmdline && $(tr '\0' ' ' <"/proc/$pid/cmdline") == *"/remote.sh hold $1 "* ]]
 }
 
 status() { # JOB

@@ -113,6 +113,20 @@ def test_a_machine_without_a_metadata_server_is_asked_again_later(launched):
     assert len(launched.running()) == 2
 
 
+def test_a_number_that_is_another_process_s_is_no_job(cloud):
+    """As after a restart of the machine: the job's file is there, and its number is someone else's."""
+    cloud.active()
+    cloud.script(codes="hang")
+    launch(cloud)
+    for worker in ("0-w-0", "0-w-1"):
+        os.killpg(int((cloud.job(worker) / "pid").read_text()), signal.SIGKILL)
+        (cloud.job(worker) / "pid").write_text(f"{os.getpid()}\n")
+    cloud("launch", "--job", "b", *ARGUMENTS["launch"])  # nothing runs there that would refuse it
+    cloud("stop", *PLACE)
+    (cloud.job("0-w-0") / "pid").unlink()
+    (cloud.job("0-w-1") / "pid").unlink()
+
+
 def test_a_profile_is_asked_for_by_a_file_and_brought_here(cloud):
     cloud.active()
     assert "does not run" in cloud("profile", *PLACE, code=25)[1]
