@@ -1,22 +1,17 @@
-"""Eight simulated CPU devices and a persistent compilation cache, both fixed before JAX starts."""
+"""Eight simulated CPU devices, a compiler that hurries and a persistent compilation cache, all fixed before JAX starts."""
 
 import os
-from pathlib import Path
+
+from tests.hurry import CACHE, WORTH_KEEPING, flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Devices that share few cores may be minutes late at a collective; by default XLA then aborts the process.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
-    + " --xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
-)
+os.environ["XLA_FLAGS"] = flags(os.environ.get("XLA_FLAGS", ""))
 
 import jax
 import pytest
 
-CACHE = Path(__file__).resolve().parents[1] / ".jax_cache"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
 jax.config.update("jax_default_matmul_precision", "highest")
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from lmeff.cli import main
+from tests import hurry
 
 CONFIG = """
 from lmeff.config import (
@@ -103,7 +104,7 @@ def lmeff_json(*arguments: object) -> dict:
 
 def start(config: Path, name: str, *options: object) -> subprocess.Popen[str]:
     """The command line in a process of its own, on one device."""
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, **hurry.ENVIRONMENT, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "lmeff.cli", "run", str(config), "--name", name, "--json", *map(str, options)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,7 @@ class Policy:
         return self.compute == jnp.float16
 
 
+@functools.lru_cache(maxsize=64)  # a search for a mesh asks tens of thousands of times
 def parse(text: str) -> Policy:
     """Reads `params=float32,compute=bfloat16,output=float32,state=float32`; any part may be left out (float32)."""
     roles = [f.name for f in dataclasses.fields(Policy)]

@@ -24,6 +24,7 @@ from lmeff.train.optim import OptimConfig, make_optimizer
 from lmeff.train.runtime import Frozen, Model, Runtime
 from lmeff.train.state import create_state
 from lmeff.train.step import make_train_step
+from tests.hurry import OPTIMIZED
 
 CFG = preset("tiny")
 SPECS = param_specs(CFG)
@@ -62,7 +63,7 @@ def trained(compression, distill=None, numerics=FLOATING):
     )
     state = create_state(random_params(), SPECS, compression, rt.tx, ONE, ema=False)
     frozen = Frozen() if teacher is None else Frozen(teacher=initialize(jax.random.key(9), SPECS))
-    step, metrics = jax.jit(make_train_step(rt)), []
+    step, metrics = jax.jit(make_train_step(rt), compiler_options=OPTIMIZED), []
     for number in range(STEPS):
         state, told = step(state, make_batch(number), frozen)
         metrics.append(told)

@@ -1,12 +1,10 @@
 """Integer execution equals the fake-quantized float einsum, for every weight format and activation format."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import pytest
 
-from lmeff.core.numerics import parse_format, quantize
+from lmeff.core.numerics import dequantize, parse_format, quantize
 from lmeff.core.ops import Numerics, make_einsum
 
 EQUATIONS = {
@@ -26,14 +24,19 @@ def test_packed_equals_fake_quantized(equation):
     w_letters = equation.split(",")[1].split("->")[0]
     contract = [i - len(w_letters) for i, c in enumerate(w_letters) if c not in equation.split("->")[1]]
     ranges = {"s": jnp.array([x.min() * 0.9, x.max() * 0.9])}
-    for weight, activation in itertools.product(WEIGHTS, ACTIVATIONS):
+    for weight in WEIGHTS:
         format = parse_format(weight)
         axes = tuple(range(-w.ndim, 0)) if format.granularity == "tensor" else tuple(contract)
-        packed = quantize(w, format, axes)
-        einsum = make_einsum(Numerics((("s", parse_format(activation)),)), ranges)
-        integer = einsum(equation, x, packed, site="s")
-        from lmeff.core.numerics import dequantize
 
-        fake = einsum(equation, x, dequantize(packed), site="s")
-        error = float(jnp.max(jnp.abs(integer - fake)) / jnp.max(jnp.abs(fake)))
-        assert error < 1e-6, (weight, activation, error)
+        @jax.jit  # a program a format, where one by one each operation would be one
+        def products(x, packed, ranges):
+            made = []
+            for activation in ACTIVATIONS:
+                einsum = make_einsum(Numerics((("s", parse_format(activation)),)), ranges)
+                made.append([einsum(equation, x, weights, site="s") for weights in (packed, dequantize(packed))])
+            return made
+
+        packed = jax.jit(quantize, static_argnums=(1, 2))(w, format, axes)
+        for activation, (integer, fake) in zip(ACTIVATIONS, products(x, packed, ranges), strict=True):
+            error = float(jnp.max(jnp.abs(integer - fake)) / jnp.max(jnp.abs(fake)))
+            assert error < 1e-6, (weight, activation, error)

@@ -1,5 +1,7 @@
 """Packed matrices, and their products in float64 by NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from lmeff.core.numerics import QTensor, parse_format, quantize
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames="dtype")
 def packed(inputs, outputs, format, outputs_first, dtype=jnp.float32) -> QTensor:
     """A random weight [I, O] or [O, I] in a format; its mean is not 0, so that zero points matter."""
     shape = (outputs, inputs) if outputs_first else (inputs, outputs)

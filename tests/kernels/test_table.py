@@ -28,6 +28,7 @@ EQUATIONS = {
 }
 
 
+@functools.cache
 def operands(equation, format, x_shape=None, dtype=jnp.float32):
     own, w_shape = EQUATIONS[equation]
     left, right, out = re.split(",|->", equation)
@@ -35,7 +36,9 @@ def operands(equation, format, x_shape=None, dtype=jnp.float32):
     parsed = parse_format(format)
     axes = tuple(range(-len(right), 0)) if parsed.granularity == "tensor" else axes
     x = jax.random.normal(jax.random.key(0), x_shape or own, dtype)
-    return x, quantize(jax.random.normal(jax.random.key(1), w_shape) + 0.1, parsed, axes)
+    return x, jax.jit(quantize, static_argnums=(1, 2))(
+        jax.random.normal(jax.random.key(1), w_shape) + 0.1, parsed, axes
+    )
 
 
 def some(**fields):

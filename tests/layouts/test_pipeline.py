@@ -31,6 +31,7 @@ from lmeff.parallel.slices import (
 from lmeff.parallel.stages import layer_table
 from lmeff.train.pipelined import pipelined_gradients
 from lmeff.train.step import frozen_partitions, make_train_step
+from tests.hurry import OPTIMIZED
 from tests.layouts.trial import (
     MODELS,
     UNOPTIMIZED,
@@ -129,12 +130,13 @@ def passes():
     def plain(blocks, x, d_y):
         return jax.vjp(lambda b, x: forward_slice(model, Slice(b, {}, None), x, batch).y_BTD, blocks, x)[1](d_y)
 
+    jit = functools.partial(jax.jit, compiler_options=OPTIMIZED)
     made = {
-        "F": jax.jit(lambda: forward_slice(model, piece, x, batch)),
-        "save": jax.jit(lambda: save_slice(model, products, piece, x, batch)),
-        "B": jax.jit(lambda saved: pull_slice(model, products, piece, saved, batch, Out(d_y, {}))),
-        "W": jax.jit(lambda inputs, d: weight_gradients(model, products, piece, inputs, d, batch)),
-        "plain": jax.jit(plain),
+        "F": jit(lambda: forward_slice(model, piece, x, batch)),
+        "save": jit(lambda: save_slice(model, products, piece, x, batch)),
+        "B": jit(lambda saved: pull_slice(model, products, piece, saved, batch, Out(d_y, {}))),
+        "W": jit(lambda inputs, d: weight_gradients(model, products, piece, inputs, d, batch)),
+        "plain": jit(plain),
     }
     return made, model, piece, products, x, d_y
 

@@ -19,6 +19,7 @@ from lmeff.train.local_updates import LocalUpdates, turns
 from lmeff.train.optim import OptimConfig
 from lmeff.train.runtime import Frozen
 from lmeff.train.step import make_train_step
+from tests.hurry import OPTIMIZED
 from tests.layouts.trial import UNOPTIMIZED
 from tests.train.tiny_run import dying, fingerprint, make_batch, make_job, make_runtime, make_state, run
 
@@ -30,11 +31,11 @@ SGD = OptimConfig(
 )
 
 
-def compiled(rt):
+def compiled(rt, options=UNOPTIMIZED):
     """The step, a fresh state, and the compiled text."""
     state = make_state(rt)
     out = jax.tree.map(lambda x: x.sharding, state)
-    step = jax.jit(make_train_step(rt), donate_argnums=0, out_shardings=(out, None), compiler_options=UNOPTIMIZED)
+    step = jax.jit(make_train_step(rt), donate_argnums=0, out_shardings=(out, None), compiler_options=options)
     made = step.lower(state, place_batch(make_batch(0), rt.layout), Frozen()).compile()
     return made, state, made.as_text()
 
@@ -183,7 +184,7 @@ def held_out(rt, state):
 
 def final_loss(**fields):
     rt = four_devices(**fields)
-    step, state, _ = compiled(rt)
+    step, state, _ = compiled(rt, OPTIMIZED)
     return held_out(rt, steps(rt, step, state, LONG)[0])
 
 
