@@ -96,10 +96,7 @@ def _main(words: list[str], as_json: bool) -> int:
     _help_on_settings(words)
     command, overrides = tyro.cli(Command, prog="lmeff", description=DESCRIPTION, args=words, return_unknown_args=True)  # type: ignore[call-overload]
     machine = getattr(command, "machine", Machine())
-    copies = machine.copies
-    if copies > 1:
-        _check(command, overrides, machine)
-        launch(this_command(words), copies)
+    if _run_in_processes(command, overrides, machine, words):
         return 0
     machine.prepare()
     console = Console(stderr=as_json, quiet=not processes.leads())
@@ -111,11 +108,18 @@ def _main(words: list[str], as_json: bool) -> int:
     return 0
 
 
-def _check(command: Any, overrides: Sequence[str], machine: Machine) -> None:
-    """What can be known to be wrong before processes are started."""
-    if isinstance(command, Run | Train):
-        experiment, _ = resolve(command.config, overrides, prog="lmeff run")
-        validate(experiment, machine.devices or 1)
+def _run_in_processes(command: Any, overrides: Sequence[str], machine: Machine, words: list[str]) -> bool:
+    """Starts the processes that the command asks for, where it does, once what can be known to be wrong before that is known to be right."""
+    trains = machine.processes is not None and processes.launched() is None and isinstance(command, Run | Train)
+    experiment = resolve(command.config, overrides, prog="lmeff run")[0] if trains else None
+    share = machine.share(experiment.mesh if experiment else None)
+    if not share.processes:
+        return False
+    if experiment:
+        validate(experiment, share.devices)
+    options = ("--devices", share.devices) if machine.devices is None else ()
+    launch(this_command(words, options), share.processes, restarts=machine.restarts)
+    return True
 
 
 def _help_on_settings(words: Sequence[str]) -> None:
