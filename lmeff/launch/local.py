@@ -17,14 +17,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from lmeff.core.errors import UserError
+from lmeff.core.errors import Preempted, UserError
 from lmeff.parallel.processes import VARIABLE, Failure, Seat, failure_of
 
 POLL = 0.02  # seconds
 GRACE = 60.0  # seconds from being told to stop, to come to a safe point and save
 TAIL = 30  # lines told of a process that died without a reason
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SAVED = 42  # exit code: told to stop, and the same command goes on
+SAVED = Preempted.exit_code
 NEEDS_MENDING = range(2, 7)  # exit codes: usage, config, data, checkpoint, does not fit
 GOES_ON = "the same command goes on from the last checkpoint"
 

@@ -28,8 +28,8 @@ class Machine:
 
     Attributes:
         devices: force so many simulated CPU devices.
-        processes: a pod on this machine: so many processes of the command, joined as the hosts of a pod are. They share simulated CPU devices: those of
-            --devices, or as many as the config's mesh has.
+        processes: a pod on this machine: so many processes of the command, joined as the hosts of a pod are. They share simulated CPU devices,
+            as many as the config's mesh has where no --devices are given.
         restarts: babysit the processes: start all again, at most so many times, after one was killed, crashed or was told to stop (exit code 42).
             Exit codes 2 to 6, Ctrl-C and SIGTERM end the command.
         distributed: join the processes of a cluster (TPU pod, Slurm, Kubernetes, Open MPI); start the same command on every host.
