@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from lmeff.train.metrics import read_metrics
-from tests.conftest import CACHE
 from tests.faults.test_processes import config_of, weights
 
 PROCESSES = 4
@@ -68,7 +67,7 @@ class Pod:
         settings = {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": "--xla_backend_optimization_level=0",
-            "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),  # not one that others share: killed processes write it
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "TMPDIR": str(folder / "tmp"),
         }
