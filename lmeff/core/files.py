@@ -13,6 +13,8 @@ from lmeff.core.errors import CheckpointError, UserError
 
 STALE = 24 * 3600  # seconds after which a folder that was never finished is cleared away
 
+_unfinished: set[Path] = set()
+
 
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 next to `path`, flushes it to the disk, then takes its place: a kill leaves the old file or the new one."""
@@ -57,6 +59,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     for old in partial.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
         if time.time() - old.stat().st_mtime > STALE:
             shutil.rmtree(old, ignore_errors=True)
+    _unfinished.add(partial)
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -67,4 +70,11 @@ def new_folder(path: Path) -> Iterator[Path]:
             f"{path}: cannot be written ({error}), expected room and permission; choose another place"
         ) from error
     finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        _unfinished.discard(partial)
+
+
+def clear_unfinished() -> None:
+    """Removes the folders that `new_folder` is about to make: for a process that ends without leaving its blocks."""
+    for partial in tuple(_unfinished):
         shutil.rmtree(partial, ignore_errors=True)

@@ -22,7 +22,7 @@ from lmeff.data.loader import Corpus
 from lmeff.models.config import ModelConfig
 from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import Layout, shardings
-from lmeff.parallel.rows import own_rows
+from lmeff.parallel.rows import own_rows, place_batch
 from lmeff.recipe.artifact import Artifact, Recipe
 from lmeff.recipe.log import opener
 from lmeff.recipe.measure import held_out
@@ -245,9 +245,9 @@ def _trained(
         directory=shop.stage_dir(stage),
         learning_rate=lambda step: learning_rate_at(optim, steps, step),
         metadata={"stage": stage.name},
-        evaluate=None if shop.experiment.train.eval_every is None else validation_loss(shop, rt, start.ranges),
         profile=shop.profile_of(stage),
         sinks=shop.sinks_of(stage, progress.tell),
+        **({} if shop.experiment.train.eval_every is None else validation(shop, rt, start.ranges)),
     )
     state, cost = train(job, state, progress=progress, resume=shop.resume)
     return state.final.params, State(state.final.compression, state.auxiliary), cost
@@ -259,19 +259,22 @@ def _placed(teacher: Artifact, layout: Layout) -> Any:
     return jax.device_put(effective, shardings(effective, param_specs(teacher.cfg), layout))
 
 
-def validation_loss(shop: Workshop, rt: Runtime, ranges: Any) -> Callable[[TrainState], float]:
-    """Nats per token of the model in training on the validation split."""
+def validation(shop: Workshop, rt: Runtime, ranges: Any) -> dict[str, Callable[[TrainState], Any]]:
+    """`Job.evaluate`, nats per token of the model in training on the validation split, and `Job.prepare` for it."""
     step, options = make_eval_step(rt.student, rt.layout, rt.policy), shop.experiment.evaluate
+    data = shop.corpus.validation
 
-    def loss(state: TrainState) -> float:
-        compression = State(state.final.compression, state.auxiliary)
+    def given(state: TrainState) -> tuple[Any, State, Any]:
+        return state.final.params, State(state.final.compression, state.auxiliary), ranges
 
-        def run(batch: Any) -> Any:
-            return step(state.final.params, compression, ranges, batch)
+    def evaluate(state: TrainState) -> float:
+        return held_out(lambda batch: step(*given(state), batch), data, rt.layout, options.batch, options.batches).mean
 
-        return held_out(run, shop.corpus.validation, rt.layout, options.batch, options.batches).mean
+    def prepare(state: TrainState) -> Any:
+        batch, _ = next(iter(data.evaluation(options.batch)))
+        return step.lower(*given(state), place_batch(batch, rt.layout)).compile()
 
-    return loss
+    return {"evaluate": evaluate, "prepare": prepare}
 
 
 def _curve(directory: Path) -> list[list[float]]:

@@ -105,6 +105,10 @@ class Checkpointer:
         """What `save` was given with the latest complete checkpoint; raises `CheckpointError` like `restore`."""
         return self._read_manifest(self._latest())["metadata"]
 
+    def wait(self) -> None:
+        """Returns once the last write is complete; raises `CheckpointError` where it failed."""
+        self._finish()
+
     def close(self) -> None:
         """Waits for the last write and raises `CheckpointError` where it failed."""
         try:

@@ -11,10 +11,9 @@ from lmeff.core.ops import Ranges
 from lmeff.core.precision import Policy
 from lmeff.distill.objectives import Projection, token_nll
 from lmeff.parallel.mesh import Layout
+from lmeff.parallel.preemption import safe_point
 from lmeff.parallel.rows import place_batch
 from lmeff.train.runtime import Model
-
-EvalStep = Callable[[Any, Any, Ranges | None, Batch], jax.Array]
 
 
 class DocumentLosses(NamedTuple):
@@ -29,7 +28,7 @@ class DocumentLosses(NamedTuple):
         return float(self.nats.sum() / self.tokens.sum())
 
 
-def make_eval_step(model: Model, layout: Layout, policy: Policy) -> EvalStep:
+def make_eval_step(model: Model, layout: Layout, policy: Policy) -> jax.stages.Wrapped:
     """The jitted `(params, state, ranges, placed batch) -> nats [B, T]` in the order of the rows, zero where a target has no weight."""
     nll = token_nll(Projection(model.cfg, model.numerics))
 
@@ -43,9 +42,13 @@ def make_eval_step(model: Model, layout: Layout, policy: Policy) -> EvalStep:
 def document_losses(
     step: Callable[[Batch], jax.Array], batches: Iterable[tuple[Batch, np.ndarray]], documents: int, layout: Layout
 ) -> DocumentLosses:
-    """Runs `step` over the held-out batches `(batch, document of each token)` and sums by document."""
+    """Runs `step` over the held-out batches `(batch, document of each token)` and sums by document.
+
+    Raises `Preempted` between batches where it runs inside training and all processes stop here.
+    """
     nats, tokens = np.zeros(documents), np.zeros(documents)
     for batch, document_BT in batches:
+        safe_point()
         losses_BT = np.asarray(step(place_batch(batch, layout)), dtype=np.float64)
         counted = np.asarray(batch.weights) > 0
         np.add.at(nats, document_BT[counted], losses_BT[counted])

@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 
 from lmeff.core.batch import Batch
-from lmeff.core.errors import CheckpointError, ConfigError, UserError
+from lmeff.core.errors import CheckpointError, ConfigError, Preempted, UserError
 from lmeff.parallel.compressed import Reduce
+from lmeff.parallel.preemption import agreed, unsaved
 from lmeff.parallel.processes import sync
 from lmeff.parallel.rows import place_batch
 from lmeff.train.checkpoint import Checkpointer
@@ -24,6 +25,8 @@ from lmeff.train.runtime import Frozen, Metrics, Runtime
 from lmeff.train.sinks import Sinks
 from lmeff.train.state import TrainState
 from lmeff.train.step import make_train_step
+
+UNMEASURED = "unmeasured"  # in a checkpoint's metadata: the metric line of its step, which waits for its held-out loss
 
 
 class Diverged(UserError):
@@ -76,7 +79,8 @@ class Job:
                    takes the very batches of the uninterrupted one.
     learning_rate: what step number `step` (from 0) uses, for the log.
     metadata:      JSON-able facts stored with each checkpoint.
-    evaluate:      the held-out loss in nats/token, for `config.eval_every`.
+    evaluate:      the held-out loss in nats/token, for `config.eval_every`; it passes `preemption.safe_point` between batches.
+    prepare:       compiles what `evaluate` runs, before there is work that a long compilation would keep from being saved.
     profile:       the steps to trace.
     sinks:         opens what the metric lines go to besides, with those that are there.
     """
@@ -90,6 +94,7 @@ class Job:
     learning_rate: Callable[[int], float]
     metadata: dict[str, Any] = field(default_factory=dict)
     evaluate: Callable[[TrainState], float] | None = None
+    prepare: Callable[[TrainState], object] | None = None
     profile: Profile | None = None
     sinks: Callable[[Sequence[Row]], Sinks] | None = None
 
@@ -129,6 +134,11 @@ class Outlets(NamedTuple):
     progress: Progress
     tracer: Tracer
 
+    def tell(self, step: int, line: dict[str, Any]) -> None:
+        """The metric line of a step."""
+        self.metrics.write(step, line)
+        self.progress.update(step, loss=line["loss"], tokens_per_second=line["tokens_per_second"])
+
 
 def compile_step(rt: Runtime, state: TrainState, batch: Batch, frozen: Frozen) -> Callable[..., Any]:
     """The jitted step, compiled for these arguments; the state is donated and keeps its shardings."""
@@ -141,26 +151,31 @@ def train(job: Job, state: TrainState, *, progress: Progress, resume: bool) -> t
     """Trains until `job.steps`, from the last checkpoint in the job's directory where there is one.
 
     Raises `CheckpointError` where there is one but `resume` is not set (its steps would be mixed with those of another run), `Diverged` where
-    the loss stops being a number. Killed at any moment and resumed on the same mesh, a run ends bit for bit as if it had not been.
+    the loss stops being a number, `Preempted` where the process was told to stop: the last step is saved then. Stopped or killed at any moment
+    and resumed on the same mesh, a run ends bit for bit as if it had not been.
     """
     with Checkpointer(job.directory / "checkpoints", keep=job.config.keep) as checkpointer:
-        latest = checkpointer.latest_step()
+        latest, line = checkpointer.latest_step(), None
         if latest is not None:
             if not resume:
                 raise CheckpointError(
                     f"{checkpointer.directory}: holds a checkpoint of step {latest}, and resuming is off; expected none. Delete it, or resume."
                 )
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-            state, _ = checkpointer.restore(abstract)
+            state, metadata = checkpointer.restore(abstract)
+            line = metadata.get(UNMEASURED)
         start = int(state.step)
-        writer = MetricsWriter(job.directory / "metrics.jsonl", resume_step=start, sinks=job.sinks)
+        kept = start - (line is not None)
+        writer = MetricsWriter(job.directory / "metrics.jsonl", resume_step=kept, sinks=job.sinks)
         tracer = Tracer(job.profile, progress.tell, start=start, steps=job.steps)
         with contextlib.closing(writer) as metrics, tracer:
-            return _run(job, state, Outlets(checkpointer, metrics, progress, tracer))
+            outlets = Outlets(checkpointer, metrics, progress, tracer)
+            if line is not None:
+                outlets.tell(start, line | job.held_out(start, state))
+            return _run(job, start, state, outlets)
 
 
-def _run(job: Job, state: TrainState, outlets: Outlets) -> tuple[TrainState, Cost]:
-    start = int(state.step)
+def _run(job: Job, start: int, state: TrainState, outlets: Outlets) -> tuple[TrainState, Cost]:
     if start >= job.steps:
         rows = read_metrics(job.directory / "metrics.jsonl")
         return state, Cost(0.0, 0.0, rows[-1]["tokens"] if rows else 0)
@@ -168,24 +183,54 @@ def _run(job: Job, state: TrainState, outlets: Outlets) -> tuple[TrainState, Cos
     batches = job.batches(start)
     batch = place_batch(next(batches), job.rt.layout, job.config.batch)
     compiled = compile_step(job.rt, state, batch, job.frozen)
+    if job.prepare is not None:
+        job.prepare(state)
     sync("compiled")  # one may take minutes longer, and collectives wait half a minute
     compile_seconds = time.perf_counter() - began
     log = Log(job, outlets, start, batch.tokens.size)
-    for step in range(start + 1, job.steps + 1):
-        outlets.tracer.begin(step)
-        state, values = compiled(state, batch, job.frozen)
-        log.flush()
-        if job.logs(step) or job.saves(step):
-            log.add(step, values, job.held_out(step, state))
-        if job.saves(step):
-            log.flush()  # a checkpoint vouches for the lines before it, and for a loss that was a number
-            outlets.checkpointer.save(step, state, job.metadata)
-        if step < job.steps:
-            batch = place_batch(next(batches), job.rt.layout, job.config.batch)
-        outlets.tracer.end(step, state)
-    jax.block_until_ready(state)
-    seconds = time.perf_counter() - began - compile_seconds
+    with unsaved():
+        for step in range(start + 1, job.steps + 1):
+            outlets.tracer.begin(step)
+            state, values = compiled(state, batch, job.frozen)
+            _conclude(job, step, state, values, outlets, log)
+            if step < job.steps:
+                batch = place_batch(next(batches), job.rt.layout, job.config.batch)
+            outlets.tracer.end(step, state)
+        jax.block_until_ready(state)
+        seconds = time.perf_counter() - began - compile_seconds
+        outlets.checkpointer.wait()
     return state, Cost(seconds, compile_seconds, job.steps * batch.tokens.size)
+
+
+def _conclude(job: Job, step: int, state: TrainState, values: Metrics, outlets: Outlets, log: "Log") -> None:
+    """What follows a step: its held-out loss, line and checkpoint where they are due; raises `Preempted` where all stop here."""
+    log.flush()
+    if job.logs(step) or job.saves(step):
+        try:
+            held_out = job.held_out(step, state)
+        except Preempted:
+            _stop(job, step, state, {UNMEASURED: log.line(step, values)}, outlets)
+        log.add(step, values, held_out)
+    if job.saves(step):
+        log.flush()  # a checkpoint vouches for the lines before it, and for a loss that was a number
+        outlets.checkpointer.save(step, state, job.metadata)
+    if agreed():
+        if not (job.logs(step) or job.saves(step)):
+            log.add(step, values, {})  # no line is due, but it has to be a number
+        log.flush()
+        _stop(job, step, state, None if job.saves(step) else {}, outlets)
+
+
+def _stop(job: Job, step: int, state: TrainState, more: dict[str, Any] | None, outlets: Outlets) -> NoReturn:
+    """Saves the state with more metadata, None where it is saved already, and raises `Preempted` once all processes have."""
+    checkpointer = outlets.checkpointer
+    if more is not None:
+        checkpointer.save(step, state, {**job.metadata, **more})
+    checkpointer.wait()
+    sync("stopped")
+    raise Preempted(
+        f"told to stop (SIGTERM): step {step} of {job.steps} is saved in {checkpointer.directory}; the same command goes on from there"
+    )
 
 
 class Log:
@@ -206,16 +251,28 @@ class Log:
         if self._late is None:
             return
         (step, values, more), self._late = self._late, None
-        found = {name: float(value) for name, value in jax.device_get(values).items()} | more
+        found = _numbers(values)
         if self._job.logs(step):
-            now = time.perf_counter()
-            rate = (step - self._told) * self._tokens / max(now - self._marked, 1e-9)
-            self._marked, self._told = now, step
-            taken = step - 1 - int(found.get("skipped", 0))
-            found |= {"learning_rate": self._job.learning_rate(max(taken, 0)), "tokens_per_second": rate}
-            self._outlets.metrics.write(step, {**found, "tokens": step * self._tokens})
-            self._outlets.progress.update(step, loss=found["loss"], tokens_per_second=rate)
+            self._outlets.tell(step, self._line(step, found, more))
         _refuse_divergence(found, step, self._outlets.checkpointer.directory)
+
+    def line(self, step: int, values: Metrics) -> dict[str, float]:
+        """The line of a step whose held-out loss is still to come; raises `Diverged` where it is not a number."""
+        found = _numbers(values)
+        _refuse_divergence(found, step, self._outlets.checkpointer.directory)
+        return self._line(step, found, {})
+
+    def _line(self, step: int, found: dict[str, float], more: dict[str, float]) -> dict[str, float]:
+        now = time.perf_counter()
+        rate = (step - self._told) * self._tokens / max(now - self._marked, 1e-9)
+        self._marked, self._told = now, step
+        taken = step - 1 - int(found.get("skipped", 0))
+        told = {"learning_rate": self._job.learning_rate(max(taken, 0)), "tokens_per_second": rate}
+        return {**found, **more, **told, "tokens": step * self._tokens}
+
+
+def _numbers(values: Metrics) -> dict[str, float]:
+    return {name: float(value) for name, value in jax.device_get(values).items()}
 
 
 def _refuse_divergence(values: dict[str, float], step: int, directory: Path) -> None:
