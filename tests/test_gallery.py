@@ -5,7 +5,6 @@ import re
 import shlex
 import time
 
-import jax
 import pytest
 import tyro
 
@@ -17,12 +16,9 @@ from lmeff.config.overrides import resolve
 from lmeff.interop.config_json import config_of
 from lmeff.interop.families import FAMILIES
 from lmeff.models.config import PRESETS
-from lmeff.plan.predict import predict
 from lmeff.plan.sizing import BESIROGLU
-from lmeff.plan.verify import verify
 from tests.gallery import FILES, ROOT, asked, commands, docstring, plans
 from tests.runs import lmeff_json
-from tests.tpu.programs import needs_libtpu
 
 SHOWN = [plan for file in FILES for plan in plans(file)]
 SLICES = {"v5litepod-4": "v5e:2x2", "v5litepod-16": "v5e:4x4", "v6e-1": "v6e:1x1", "v6e-16": "v6e:4x4", "v5p-64": "v5p:2x4x4"}  # fmt: skip
@@ -180,7 +176,9 @@ def memory(plan):
 
 def length(plan):
     """The time of all stages."""
-    hours = sum(24 * float(n["days"] or 0) + float(n["hours"] or 0) + float(n["minutes"] or 0) / 60 for n in plan.numbers)
+    hours = sum(
+        24 * float(n["days"] or 0) + float(n["hours"] or 0) + float(n["minutes"] or 0) / 60 for n in plan.numbers
+    )
     return f"{hours / 24:.2g} d" if hours >= 48 else f"{hours:.2g} h"
 
 
