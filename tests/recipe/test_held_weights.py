@@ -141,3 +141,5 @@ def test_a_stage_that_only_packs_what_it_loads_never_holds_it_whole(tmp_path, mo
     assert one["note"] == f"loaded from {folder} (llama, a Hugging Face folder)"
     same = ("loss", "stored_bytes", "parameters", "kind")
     assert {key: one[key] for key in same} == {key: two[key] for key in same}
+    again = lmeff_json("run", config, "--data.tokenizer", folder)["artifacts"]
+    assert [row["loss"] for row in again] == [row["loss"] for row in report["artifacts"]]
