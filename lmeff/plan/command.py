@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 
 from lmeff.config import Experiment
+from lmeff.config.loads import absent
 from lmeff.config.overrides import resolve
 from lmeff.core.errors import ConfigError, DoesNotFit, UsageError
 from lmeff.core.files import write_asked
@@ -56,6 +57,7 @@ class Plan:
         budget_bytes: search compressions of the model within this size, such as 4GiB.
         budget_ms: search compressions of the model within so many milliseconds a token.
         tokens: of the whole run in place of its steps, such as 15T.
+        layers: cut every model of every stage to its first layers, so that compiling takes seconds; for trying out, no number is then the run's.
         serve: also what the finished model costs to serve.
         html: also write the plan as a page.
         json: print one JSON object on stdout and tables on stderr.
@@ -73,6 +75,7 @@ class Plan:
     budget_bytes: str | None = None
     budget_ms: float | None = None
     tokens: str | None = None
+    layers: int | None = None
     serve: tyro.conf.FlagCreatePairsOff[bool] = False
     html: Path | None = None
     json: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -97,6 +100,8 @@ def check(command: Plan) -> None:
         raise UsageError(f"--budget-ms: got {command.budget_ms}, expected milliseconds above 0, such as 20")
     if command.tokens is not None:
         count("--tokens", command.tokens)
+    if command.layers is not None and command.layers < 1:
+        raise UsageError(f"--layers: got {command.layers}, expected at least 1")
 
 
 def target(command: Plan, experiment: Experiment) -> Target:
@@ -143,11 +148,12 @@ def plan(command: Plan, overrides: Sequence[str], console: Console) -> Json:
     where = target(command, experiment)
     begun = on_some_mesh(command, experiment, where, console)
     chosen, others = choose(command, begun, where)
+    assumed = told_assumed(experiment, console)
     plans = {job.name: predict(job, where.chip, where.topology) for job in others}
     answers = [estimate_json(estimate) for estimate in plans.values()]
     found = next(answer for answer in answers if answer["stage"] == chosen.name)
     found |= extras(command, plans[chosen.name], where, console, own=begun is experiment)
-    answer = join(experiment.name, answers, found)
+    answer = join(experiment.name, answers, found) | ({"assumed": assumed} if assumed else {})
     if len(answers) > 1:
         overview(answers, console)
     show(found, console)
@@ -160,6 +166,15 @@ def plan(command: Plan, overrides: Sequence[str], console: Console) -> Json:
         hint = " This is about this machine's CPU; name another chip with --chip or --topology." if unnamed else ""
         raise DoesNotFit(f"stage '{chosen.name}': {reason}{hint}", answer)
     return answer
+
+
+def told_assumed(experiment: Experiment, console: Console) -> dict[str, str]:
+    """`{stage: folder}` of models that are not here, which are planned from the shapes that their stages say."""
+    missing = {name: str(stage.load) for name, stage in absent(experiment, Path(experiment.run_dir)).items()}
+    for name, folder in missing.items():
+        told = f"stage '{name}': {folder} is not here; planned from the shape that its model says"
+        console.print(told, style="yellow", highlight=False, soft_wrap=not console.is_terminal)
+    return missing
 
 
 def on_some_mesh(command: Plan, experiment: Experiment, where: Target, console: Console) -> Experiment:
@@ -223,8 +238,9 @@ def compiled(estimate: Estimate, where: Target) -> Json:
         found = verify(estimate.job, where.name or jax.devices(), predicted=estimate.peak)
     except DoesNotFit as error:
         return {"where": where.name, "fits": False, "refusal": str(error)}
-    # A TPU's compiler refuses what does not fit; a CPU's compiles anything.
-    return found.to_json()["compiled"] | {"fits": where.name is not None or found.total <= estimate.capacity}
+    # A TPU's compiler refuses what does not fit, but knows nothing of what lies beside the step; a CPU's compiles anything.
+    taken = (found.peak or 0) if where.name is not None else found.total
+    return found.to_json()["compiled"] | {"fits": taken + sum(estimate.peak.held.values()) <= estimate.capacity}
 
 
 def fits(found: Json) -> bool:
@@ -240,6 +256,8 @@ def choose(command: Plan, experiment: Experiment, where: Target) -> tuple[Job, l
     if command.tokens is not None:
         tokens = count("--tokens", command.tokens)
         found = [job.changed(steps=-(-tokens // (job.rows * job.tokens))) for job in found]
+    if command.layers is not None:
+        found = [job.shallow(command.layers) for job in found]
     if not found:
         raise ConfigError(
             f"{command.config}: no stage trains, expected one with steps above 0; there is nothing to plan"

@@ -1,7 +1,6 @@
 """`lmeff plan` as a command: the promised keys, exit codes, and one clear line for every wrong option."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +44,7 @@ WRONG = {
     "budget of all time": (["--budget-ms", "inf"], 2, ["--budget-ms", "inf", "above 0"]),
     "tokens without end": (["--tokens", "1e400"], 2, ["--tokens", "'1e400'"]),
     "tokens of no unit": (["--tokens", "15 trillion"], 2, ["--tokens", "'15 trillion'", "15T"]),
+    "no layers": (["--layers", "0"], 2, ["--layers", "got 0", "at least 1"]),
     "tokens below one": (["--tokens", "0"], 2, ["--tokens", "'0'"]),
     "unknown option": (["--serv"], 2, ["--serv"]),
     "unknown setting": (["--mesh.tensr", "2"], 2, ["--mesh.tensor"]),
@@ -113,6 +113,16 @@ def test_one_stage_alone_for_other_tokens():
     assert longer["energy_kwh"] / whole["energy_kwh"] == pytest.approx(longer["job"]["steps"] / 250)
 
 
+def test_every_model_of_a_recipe_is_cut_to_its_first_layers():
+    whole = lmeff_json("plan", QUICKSTART, "--chip", "v5e")["stages"]
+    short = lmeff_json("plan", QUICKSTART, "--chip", "v5e", "--layers", 1)["stages"]
+    for before, after in zip(whole, short, strict=True):
+        assert {leaf["shape"][0] for leaf in after["leaves"] if leaf["letters"].startswith("L")} == {1}
+        assert after["bytes_per_device"]["total"] < before["bytes_per_device"]["total"]
+    teacher, student = ({stage["stage"]: stage for stage in stages}["student"] for stages in (whole, short))
+    assert student["flops_per_step"]["teacher"] < 0.5 * teacher["flops_per_step"]["teacher"]
+
+
 def test_what_does_not_fit_has_its_exit_code_and_its_numbers():
     options = ("--chip", "v5e", "--devices", "8", "--mesh.fsdp", "8", "--train.batch", "64")
     code, out, err = lmeff("plan", CONFIGS / "llama3_8b.py", *options, "--evaluate.batch", "8", "--json")
@@ -135,7 +145,7 @@ def test_a_large_config_without_a_chip_is_told_of_the_option():
 
 
 @pytest.mark.parametrize(
-    ("name", "devices", "parameters"), [("llama3_8b", 64, 8_030_261_248), ("llama3_70b", 512, 70_553_706_496)]
+    ("name", "devices", "parameters"), [("llama3_8b", 32, 8_030_261_248), ("llama3_70b", 512, 70_553_706_496)]
 )
 def test_the_large_configs_fit_their_slices(name, devices, parameters):
     answer = lmeff_json("plan", CONFIGS / f"{name}.py", "--chip", "v5p", "--devices", devices)
@@ -146,12 +156,6 @@ def test_the_large_configs_fit_their_slices(name, devices, parameters):
     assert answer["flops"]["six_nd"] == pytest.approx(six_nd)
     assert answer["bytes_per_device"]["parameters"] == pytest.approx(4 * parameters / devices, rel=0.01)
     assert 0.2 < answer["utilization"]["mfu_full"] < 0.75
-    says = re.search(
-        r"The plan says: (\d+) of .*? GiB; about (\d+) thousand tokens/s", (CONFIGS / f"{name}.py").read_text()
-    )
-    assert says is not None
-    assert answer["bytes_per_device"]["total"] / 2**30 == pytest.approx(float(says[1]), rel=0.1)
-    assert answer["tokens_per_second"] / 1000 == pytest.approx(float(says[2]), rel=0.1)
 
 
 @pytest.fixture
