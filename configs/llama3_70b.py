@@ -1,10 +1,14 @@
 """Llama-3-70B from scratch on 512 TPU v5p chips: 1.4 trillion tokens, 20 a parameter.
 
-lmeff plan configs/llama3_70b.py --topology v5p:8x8x8                       # on a laptop, without any TPU
-lmeff run configs/llama3_70b.py --distributed --runs gs://BUCKET/runs       # on every host of the slice
+v5p-1024 (1,024 TensorCores: 512 chips, 8x8x8)
+lmeff plan configs/llama3_70b.py --topology v5p:8x8x8
+    PLAN
+tpu_scripts/launch.sh --type v5p-1024 --topology v5p:8x8x8 --runs /mnt/runs configs/llama3_70b.py
 
-The plan says: 30 of a chip's 95.7 GiB; about 284 thousand tokens/s (151 to 416), MFU 54% with causal attention; 57 days, 702,000 chip-hours, 207 MWh.
-Nothing of this has been measured on a TPU.
+Nothing of this has been measured on a TPU: the numbers are the plan's, tokens a second with the range in which they may lie.
+
+To expect: the law of Hoffmann et al. 2022 as Besiroglu et al. 2024 fit it (https://arxiv.org/abs/2404.10102) gives 1.97 nats/token for so many parameters
+and tokens, on the text and the tokenizer of its authors. Another text has another loss: compare runs with each other.
 
 Yours to provide: text. `corpus/` is a folder of JSON lines with a field "text", on a file system that every host sees; `--data.path` names another. The
 tokenizer is made from its first megabytes, with as many ids as Llama's, and nothing is downloaded. Hoffmann et al. 2022

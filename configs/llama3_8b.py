@@ -1,10 +1,31 @@
-"""Llama-3-8B from scratch on 64 TPU v5p chips: 160 billion tokens, 20 a parameter.
+"""Llama-3-8B from scratch: 160 billion tokens, 20 a parameter.
 
-lmeff plan configs/llama3_8b.py --topology v5p:4x4x4                        # on a laptop, without any TPU
-lmeff run configs/llama3_8b.py --distributed --runs gs://BUCKET/runs        # on every host of the slice
+v5p-64 (64 TensorCores: 32 chips, 2x4x4)
+lmeff plan configs/llama3_8b.py --topology v5p:2x4x4
+    PLAN
+tpu_scripts/launch.sh --type v5p-64 --runs /mnt/runs configs/llama3_8b.py
 
-The plan says: 25 of a chip's 95.7 GiB; about 296 thousand tokens/s (168 to 453), MFU 52% with causal attention; 6 days, 9,600 chip-hours, 2.9 MWh. Nothing
-of this has been measured on a TPU.
+v5p-128 (128 TensorCores: 64 chips, 4x4x4)
+lmeff plan configs/llama3_8b.py --topology v5p:4x4x4 --mesh.fsdp 64 --train.batch 256 --train.steps 76293
+    PLAN
+tpu_scripts/launch.sh --type v5p-128 --topology v5p:4x4x4 --runs /mnt/runs configs/llama3_8b.py -- --mesh.fsdp 64 --train.batch 256 --train.steps 76293
+
+v6e-16 (16 chips, 4x4)
+lmeff plan configs/llama3_8b.py --topology v6e:4x4 --mesh.fsdp 16 --train.batch 32 --train.remat save:attn_out --train.steps 610351
+    PLAN
+tpu_scripts/launch.sh --type v6e-16 --runs /mnt/runs configs/llama3_8b.py -- --mesh.fsdp 16 --train.batch 32 --train.remat save:attn_out --train.steps 610351
+
+v5e-16 (v5litepod-16: 16 chips, 4x4)
+lmeff plan configs/llama3_8b.py --topology v5e:4x4 --mesh.fsdp 16 --train.batch 16 --train.remat save:attn_out --data.sequence 4096 --train.steps 2441406
+    PLAN
+tpu_scripts/launch.sh --type v5litepod-16 --runs /mnt/runs configs/llama3_8b.py -- --mesh.fsdp 16 --train.batch 16 --train.remat save:attn_out --data.sequence 4096 --train.steps 2441406
+
+The last two are here to be compared: 16 chips are for models that are trained already (llama3_8b_continued.py).
+
+Nothing of this has been measured on a TPU: the numbers are the plan's, tokens a second with the range in which they may lie.
+
+To expect: the law of Hoffmann et al. 2022 as Besiroglu et al. 2024 fit it (https://arxiv.org/abs/2404.10102) gives 2.16 nats/token for so many parameters
+and tokens, on the text and the tokenizer of its authors. Another text has another loss: compare runs with each other. Llama 3 itself saw 15 trillion.
 
 Yours to provide: text. `corpus/` is a folder of JSON lines with a field "text", on a file system that every host sees; `--data.path` names another. The
 tokenizer is made from its first megabytes, with as many ids as Llama's, and nothing is downloaded. Hoffmann et al. 2022
@@ -13,21 +34,21 @@ tokenizer is made from its first megabytes, with as many ids as Llama's, and not
 
 from lmeff.config import DataConfig, EvaluateConfig, Experiment, MeshPlan, OptimConfig, Stage, TrainConfig, preset
 
-ROWS, SEQUENCE = 256, 8192
+ROWS, SEQUENCE = 128, 8192
 
 
 def experiment() -> Experiment:
-    """One stage: every chip holds a 64th of the state and four rows."""
+    """One stage: every chip holds a 32nd of the state and four rows."""
     return Experiment(
         name="llama3-8b",
         model=preset("llama3_8b"),
         precision="params=float32,compute=bfloat16,output=float32,state=float32",
         data=DataConfig(source="jsonl", path=("corpus/",), tokenizer="bpe", bpe_vocab=128_256, sequence=SEQUENCE),
-        mesh=MeshPlan(fsdp=64),
+        mesh=MeshPlan(fsdp=32),
         train=TrainConfig(
             batch=ROWS,
             steps=160_000_000_000 // (ROWS * SEQUENCE),
-            remat="save:attn_out",
+            remat="save:attn_out,mlp.up",
             checkpoint_every=500,
             eval_every=2000,
         ),

@@ -118,7 +118,10 @@ OPTIONS = {
 RECIPES = {
     "no such start": ('Stage(name="a", start="b"),', ["'b'", "earlier stage"]),
     "a name twice": ('Stage(name="a"), Stage(name="a"),', ["'a'", "twice"]),
-    "shape of a model that is loaded": ('Stage(name="a", load="x", model=MODEL),', ["both load and model"]),
+    "a model of which the shape alone is there": (
+        'Stage(name="a", load="/no/model", model=MODEL),',
+        ["'a'.load", "/no/model", "holds no model"],
+    ),
     "shape of a start": ('Stage(name="a"), Stage(name="b", start="a", model=MODEL),', ["both start and model"]),
     "training integers": (
         'Stage(name="a", compress=(Quantize(),), export=True), Stage(name="b", start="a", steps=2),',

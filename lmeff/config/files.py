@@ -128,10 +128,12 @@ def check_resume(experiment: Experiment, directory: Path) -> None:
 
 
 def _comparable(experiment: Experiment, stages: set[str]) -> dict[str, Any]:
-    """The settings that must not change, of the stages that both configs have. Where a model is loaded from may change, if it is the same (`loads`)."""
+    """The settings that must not change, of the stages that both configs have. Where a model is loaded from may change, if it is the same (`loads`), and
+    so may whether its shape is said besides."""
+    said = tuple(f"recipe.{s.name}.model" for s in experiment.recipe if s.load is not None)
 
     def counts(path: str) -> bool:
-        return not path.startswith(FREE) and (not path.startswith("recipe.") or path.split(".")[1] in stages)
+        return not path.startswith((*FREE, *said)) and (not path.startswith("recipe.") or path.split(".")[1] in stages)
 
     def comparable(path: str, value: Any) -> Any:
         return value is not None if path.startswith("recipe.") and path.endswith(".load") else value

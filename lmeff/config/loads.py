@@ -1,6 +1,7 @@
 """Models that stages are loaded from: their shape and identity, known without reading a weight.
 
 A run keeps both in `sources.json`: it goes on only from the very models that it began with, and once it has what it needs of them, without them.
+A plan needs no more than the shape, so a stage may say it (`Stage.model` beside `Stage.load`) for machines where the folder is not.
 """
 
 import dataclasses
@@ -94,6 +95,25 @@ def loads(experiment: Experiment, directory: Path) -> dict[str, Loaded]:
     """
     before = kept(directory)
     return {s.name: _loaded(s, s.load, before.get(s.name)) for s in experiment.recipe if s.load is not None}
+
+
+def absent(experiment: Experiment, directory: Path) -> dict[str, Stage]:
+    """The stages, by name, whose folder is not here and whose run kept nothing of it, but that say its shape: enough for a plan, not for a run."""
+    before = kept(directory)
+    stages = {s.name: s for s in experiment.recipe if s.load is not None and s.model is not None}
+    return {name: s for name, s in stages.items() if name not in before and not Path(str(s.load)).exists()}
+
+
+def check_shape(stage: Stage, found: Loaded) -> None:
+    """Refuses a folder with another shape than the stage says."""
+    if stage.model is None or stage.model == found.cfg:
+        return
+    said, has = (dataclasses.asdict(cfg) for cfg in (stage.model, found.cfg))
+    differ = [f"{name} {has[name]} (the stage says {said[name]})" for name in said if said[name] != has[name]]
+    raise ConfigError(
+        f"stage '{stage.name}'.model: got {', '.join(differ)} in {stage.load}, expected the shape that the stage says. "
+        "Correct model, or drop it: the folder has its shape."
+    )
 
 
 def check_same(found: Mapping[str, Loaded], directory: Path) -> None:

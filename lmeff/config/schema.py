@@ -30,7 +30,8 @@ class Stage:
         name: the artifact's name: letters, digits, - and _.
         start: the earlier artifact to begin from; None begins from random weights, or from `load`.
         load: a folder with a model to begin from: one that `lmeff import` made, or one of Hugging Face. Its shape comes from there.
-        model: the shape of a random start; None takes the experiment's.
+        model: the shape of a random start; None takes the experiment's. Beside `load` the shape that the folder must have: where the folder is absent,
+            `lmeff plan` goes by it.
         shrink: structured pruning before training: a physically smaller model.
         compress: transforms of the weights in training, in order; quantization last.
         activations: formats of the activations at named sites.

@@ -1,16 +1,17 @@
 """The whole config, checked against itself and the devices before anything is built, written or compiled."""
 
+import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from lmeff.compress.config import validate as validate_transforms
-from lmeff.config.loads import Loaded, kept, loads
+from lmeff.config.loads import Loaded, absent, check_shape, kept, loads
 from lmeff.config.schema import Experiment, Stage
 from lmeff.core.errors import ConfigError
 from lmeff.core.precision import parse
-from lmeff.data.config import vocab_size
+from lmeff.data.config import KEPT, DataConfig, vocab_size
 from lmeff.models.config import ModelConfig
 from lmeff.models.legal import check_context
 from lmeff.models.remat import parse as parse_remat
@@ -26,10 +27,13 @@ from lmeff.train.optim import OptimConfig
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
-def validate(experiment: Experiment, devices: int, directory: Path | None = None) -> dict[str, ModelConfig]:
+def validate(
+    experiment: Experiment, devices: int, directory: Path | None = None, *, planned: bool = False
+) -> dict[str, ModelConfig]:
     """The shape of every stage's model; raises `ConfigError` for the first thing that cannot work on so many devices.
 
     directory: the run's folder, where it is another than the config says: it may hold copies of what the config names by place.
+    planned:   only to be planned: models that are loaded, and their tokenizers, need not be here where `Stage.model` says their shape.
     """
     directory = Path(experiment.run_dir) if directory is None else directory
     _check_name("name", experiment.name)
@@ -44,10 +48,14 @@ def validate(experiment: Experiment, devices: int, directory: Path | None = None
     check_synchronization(train.reduce, train.local, experiment.precision, optims, degrees)
     seen: dict[str, ModelConfig] = {}
     packed: set[str] = set()
-    needed = vocab_size(experiment.data, directory / "data")
     for position, stage in enumerate(experiment.recipe):
         _check_origin(stage, f"recipe[{position}]")
-    loaded = loads(experiment, directory)
+    missing = absent(experiment, directory) if planned else {}
+    needed = _ids(experiment.data, directory, {str(stage.load) for stage in missing.values()})
+    there = tuple(stage for stage in experiment.recipe if stage.name not in missing)
+    loaded = loads(dataclasses.replace(experiment, recipe=there), directory)
+    for name, found in loaded.items():
+        check_shape(experiment.stage(name), found)
     for position, stage in enumerate(experiment.recipe):
         _check_stage_names(stage, seen, f"recipe[{position}]")
         cfg = shape_of(experiment, stage, seen, loaded)
@@ -67,7 +75,7 @@ def shape_of(
     experiment: Experiment, stage: Stage, earlier: Mapping[str, ModelConfig], loaded: Mapping[str, Loaded]
 ) -> ModelConfig:
     """The shape of a stage's model, known before anything is built."""
-    if stage.load is not None:
+    if stage.load is not None and (stage.name in loaded or stage.model is None):
         cfg = loaded[stage.name].cfg
     else:
         cfg = earlier[stage.start] if stage.start is not None else stage.model or experiment.model
@@ -80,6 +88,12 @@ def shapes(experiment: Experiment, directory: Path) -> dict[str, ModelConfig]:
     for stage in experiment.recipe:
         seen[stage.name] = shape_of(experiment, stage, seen, kept(directory))
     return seen
+
+
+def _ids(data: DataConfig, directory: Path, missing: Collection[str]) -> int:
+    """How many ids the tokenizer makes; 0 for that of a model whose folder is missing: nobody can say."""
+    unknown = data.tokenizer in missing and not (directory / "data" / KEPT).is_dir()
+    return 0 if unknown else vocab_size(data, directory / "data")
 
 
 def _check_name(where: str, name: str) -> None:
@@ -195,9 +209,9 @@ def _check_stage_names(stage: Stage, seen: Mapping[str, ModelConfig], where: str
 
 
 def _check_origin(stage: Stage, where: str) -> None:
-    """A stage begins from one place, and has its shape."""
+    """A stage begins from one place, and has its shape; that of a folder may be said besides."""
     named = {name: getattr(stage, name) for name in ("start", "load", "model") if getattr(stage, name) is not None}
-    if len(named) > 1:
+    if len(named) > 1 and stage.start is not None:
         first, second = list(named)[:2]
         raise ConfigError(
             f"{where} '{stage.name}': sets both {first} and {second}; a stage that begins from '{named[first]}' has its shape. Drop one of them."

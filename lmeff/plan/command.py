@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 
 from lmeff.config import Experiment
+from lmeff.config.loads import absent
 from lmeff.config.overrides import resolve
 from lmeff.core.errors import ConfigError, DoesNotFit, UsageError
 from lmeff.core.files import write_asked
@@ -143,11 +144,12 @@ def plan(command: Plan, overrides: Sequence[str], console: Console) -> Json:
     where = target(command, experiment)
     begun = on_some_mesh(command, experiment, where, console)
     chosen, others = choose(command, begun, where)
+    assumed = told_assumed(experiment, console)
     plans = {job.name: predict(job, where.chip, where.topology) for job in others}
     answers = [estimate_json(estimate) for estimate in plans.values()]
     found = next(answer for answer in answers if answer["stage"] == chosen.name)
     found |= extras(command, plans[chosen.name], where, console, own=begun is experiment)
-    answer = join(experiment.name, answers, found)
+    answer = join(experiment.name, answers, found) | ({"assumed": assumed} if assumed else {})
     if len(answers) > 1:
         overview(answers, console)
     show(found, console)
@@ -160,6 +162,15 @@ def plan(command: Plan, overrides: Sequence[str], console: Console) -> Json:
         hint = " This is about this machine's CPU; name another chip with --chip or --topology." if unnamed else ""
         raise DoesNotFit(f"stage '{chosen.name}': {reason}{hint}", answer)
     return answer
+
+
+def told_assumed(experiment: Experiment, console: Console) -> dict[str, str]:
+    """`{stage: folder}` of models that are not here, which are planned from the shapes that their stages say."""
+    missing = {name: str(stage.load) for name, stage in absent(experiment, Path(experiment.run_dir)).items()}
+    for name, folder in missing.items():
+        told = f"stage '{name}': {folder} is not here; planned from the shape that its model says"
+        console.print(told, style="yellow", highlight=False, soft_wrap=not console.is_terminal)
+    return missing
 
 
 def on_some_mesh(command: Plan, experiment: Experiment, where: Target, console: Console) -> Experiment:

@@ -111,8 +111,11 @@ class Job:
 
 
 def jobs(experiment: Experiment, devices: int, platform: str) -> list[Job]:
-    """A job for every stage that trains, in the recipe's order; raises `ConfigError` for what cannot work on so many devices."""
-    cfgs = validate(experiment, devices)
+    """A job for every stage that trains, in the recipe's order; raises `ConfigError` for what cannot work on so many devices.
+
+    Models that stages load need not be here where the stages say their shapes.
+    """
+    cfgs = validate(experiment, devices, planned=True)
     recipes: dict[str, Recipe] = {}
     found = []
     for stage in experiment.recipe:
