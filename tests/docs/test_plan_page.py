@@ -35,7 +35,7 @@ def test_numbers_of_the_text_are_printed_by_a_plan(printed):
     text = re.sub("`[^`]*`", "", prose(PAGE))
     units = r"(?:[GM]iB|ms|s|min|%|k tokens/s|MWh)"
     said = set(re.findall(rf"(?<![\w.,])(\d[\d,.]* ?{units}|\d+,\d{{3}})(?!\w)", text))
-    assert len(said) > 3, said
+    assert said, "none is found"
     missing = sorted(number for number in said if number not in everything)
     assert not missing, missing
 
