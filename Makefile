@@ -18,11 +18,12 @@ test: $(VENV)/test.installed  ## Everything but the tests marked slow.
 test-slow: $(SLOW)/slow.installed  ## What `make test` leaves out; in an environment that can also compile for TPUs.
 	$(subst $(BIN),$(SLOW)/bin,$(PYTEST)) --dist worksteal -m "slow or tpu_aot"
 
-lint: $(VENV)/lint.installed $(VENV)/test.installed  ## Style, types, and which module may import which.
+lint: $(VENV)/lint.installed $(VENV)/test.installed  ## Style, types, which module may import which, and the launch scripts.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck -x tpu_scripts/*.sh
 
 format: $(VENV)/lint.installed
 	$(BIN)/ruff check --fix .
