@@ -23,7 +23,7 @@ from lmeff.commands.show import (
     MakeReport,
     ShowConfig,
     ShowSchedule,
-    examine,
+    examine_machine,
     make_report,
     show_config,
     show_schedule,
@@ -34,6 +34,7 @@ from lmeff.config.files import load_experiment
 from lmeff.config.overrides import override, resolve
 from lmeff.config.validate import validate
 from lmeff.core.errors import DoesNotFit, UserError
+from lmeff.doctor.examine import Unwell
 from lmeff.launch import Machine, launch, this_command
 from lmeff.parallel import processes
 from lmeff.plan.command import Plan, plan
@@ -53,7 +54,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., Json]]] = {
     "report": (MakeReport, make_report),
     "config": (ShowConfig, show_config),
     "schedule": (ShowSchedule, show_schedule),
-    "doctor": (Doctor, examine),
+    "doctor": (Doctor, examine_machine),
 }
 Command = (
     Annotated[Run, tyro.conf.subcommand("run")]
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     as_json = "--json" in words
     try:
         return _main(words, as_json)
-    except DoesNotFit as error:
+    except (DoesNotFit, Unwell) as error:
         return _failed(str(error), error.exit_code, as_json, error.answer)
     except UserError as error:
         return _failed(str(error), error.exit_code, as_json)

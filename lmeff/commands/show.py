@@ -1,5 +1,6 @@
 """Commands that train nothing: they show a config, a schedule, a finished run's report, or this machine."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,15 +9,16 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from lmeff import doctor
 from lmeff.commands.words import refuse_unknown
+from lmeff.config import Experiment
 from lmeff.config.files import to_json
 from lmeff.config.overrides import resolve
 from lmeff.config.schema import flat_values
 from lmeff.config.validate import validate
 from lmeff.core.files import write_asked
 from lmeff.core.precision import parse
-from lmeff.launch import simulate_devices
+from lmeff.doctor.examine import Case, examine
+from lmeff.launch import Machine, simulate_devices
 from lmeff.models.config import ModelConfig
 from lmeff.parallel.drawing import print_schedule
 from lmeff.parallel.leaves import print_stages
@@ -87,12 +89,21 @@ class ShowSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """Checks this machine: versions, devices, memory, disk, optional packages; one line each, with the remedy.
+    """Checks whether this machine, or every host of a pod, can run: one line a check, with the remedy.
+
+    Exit code 0 where nothing failed ("look" is worth a look and stops nothing), 1 otherwise. With a config also its mesh, its disk, its precision
+    and optimizer; settings are overridden as in `lmeff run`. With --distributed or --processes all processes report, and are compared.
 
     Attributes:
-        json: print one JSON object on stdout.
+        config: a Python file whose experiment() returns the config; None checks the machine alone.
+        runs: the folder of all runs; None takes the config's, or ./runs.
+        machine: what it runs on.
+        json: print one JSON object on stdout and the lines on stderr.
     """
 
+    config: tyro.conf.Positional[Path | None] = None
+    runs: str | None = None
+    machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()  # noqa: RUF009 -- frozen
     json: tyro.conf.FlagCreatePairsOff[bool] = False
 
 
@@ -138,9 +149,14 @@ def show_schedule(command: ShowSchedule, overrides: Sequence[str], console: Cons
     return {"name": schedule.name, "table": schedule.table, **counts.to_json()}
 
 
-def examine(command: Doctor, overrides: Sequence[str], console: Console) -> Json:
+def examine_machine(command: Doctor, overrides: Sequence[str], console: Console) -> Json:
     """`lmeff doctor`."""
-    refuse_unknown(overrides, "doctor")
-    checks = doctor.examine()
-    doctor.print_checks(checks, console)
-    return {"checks": [check._asdict() for check in checks]}
+    chosen = command.machine.devices is not None
+    if command.config is None:
+        refuse_unknown(overrides, "doctor")
+        runs = Path(command.runs or Experiment(name="none").runs)
+        return examine(Case(runs, runs, chosen=chosen), console)
+    experiment, _ = resolve(command.config, overrides, prog="lmeff doctor")
+    if command.runs is not None:
+        experiment = dataclasses.replace(experiment, runs=command.runs)
+    return examine(Case(Path(experiment.run_dir), Path(experiment.runs), experiment, chosen), console)
