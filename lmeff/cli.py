@@ -1,4 +1,4 @@
-"""The command line: `lmeff run | train | eval | generate | import | export | bench | plan | report | config show | schedule | doctor`.
+"""The command line: `lmeff run | train | eval | generate | import | export | bench | plan | report | log | config show | schedule | doctor`.
 
 Logs go to stderr under `--json`, which leaves one JSON object on stdout.
 Exit codes: 0 ok, 2 usage, 3 config, 4 data, 5 checkpoint, 6 does not fit, 1 anything else.
@@ -18,6 +18,7 @@ from lmeff import __version__
 from lmeff.commands.bench import Bench, time_inference
 from lmeff.commands.evaluate import Eval, evaluate_models
 from lmeff.commands.generate import Generate, write_text
+from lmeff.commands.log import Log, log_run
 from lmeff.commands.show import (
     Doctor,
     MakeReport,
@@ -52,6 +53,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., Json]]] = {
     "bench": (Bench, time_inference),
     "plan": (Plan, plan),
     "report": (MakeReport, make_report),
+    "log": (Log, log_run),
     "config": (ShowConfig, show_config),
     "schedule": (ShowSchedule, show_schedule),
     "doctor": (Doctor, examine_machine),
@@ -66,6 +68,7 @@ Command = (
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[MakeReport, tyro.conf.subcommand("report")]
+    | Annotated[Log, tyro.conf.subcommand("log")]
     | Annotated[ShowConfig, tyro.conf.subcommand("config")]
     | Annotated[ShowSchedule, tyro.conf.subcommand("schedule")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]

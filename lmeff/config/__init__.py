@@ -12,6 +12,7 @@ from lmeff.parallel.mesh import MeshPlan
 from lmeff.train.local_updates import LocalUpdates
 from lmeff.train.loop import TrainConfig
 from lmeff.train.optim import OptimConfig
+from lmeff.train.sinks import LogConfig
 
 __all__ = [
     "Activations",
@@ -21,6 +22,7 @@ __all__ = [
     "EvaluateConfig",
     "Experiment",
     "LocalUpdates",
+    "LogConfig",
     "MeshPlan",
     "ModelConfig",
     "OptimConfig",

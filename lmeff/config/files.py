@@ -31,6 +31,7 @@ FREE = (
     "train.checkpoint_every",
     "train.keep",
     "evaluate.",
+    "log.",
     "claims.",
 )
 

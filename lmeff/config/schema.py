@@ -15,6 +15,7 @@ from lmeff.models.config import ModelConfig
 from lmeff.parallel.mesh import MeshPlan
 from lmeff.train.loop import TrainConfig
 from lmeff.train.optim import OptimConfig
+from lmeff.train.sinks import LogConfig
 
 Transform = Prune | Quantize
 
@@ -126,6 +127,7 @@ class Experiment:
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()  # noqa: RUF009
     evaluate: EvaluateConfig = EvaluateConfig()
+    log: LogConfig = LogConfig()  # noqa: RUF009
     recipe: tuple[Stage, ...] = (Stage(name="model"),)
     claims: tuple[Claim, ...] = ()
 

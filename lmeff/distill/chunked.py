@@ -43,7 +43,8 @@ def chunked_head(
         head = jax.tree.map(lambda x, dtype: x.astype(dtype), head, dtypes)
         count = hidden.shape[0]
         hidden, rows = jax.tree.map(lambda x: _gathered(x, shared), (hidden, rows))
-        per_row = row_loss(hidden, head, rows, extras)
+        with jax.named_scope("head"):
+            per_row = row_loss(hidden, head, rows, extras)
         # Each device adds up its own rows alone: the sum over devices then has each row once, and so does its gradient.
         objective, metrics = jax.tree.map(lambda x: _own(x, count, shared).sum(), per_row)
         return objective, metrics

@@ -240,15 +240,18 @@ def forward(
     head_ranges = _outer_ranges(ranges)
     outer = make_ops(head_ranges)
     embed = seen("embed")
-    x_BTD = embed_tokens(embed, batch, cfg, outer.ops, compute_dtype)
+    with jax.named_scope("embedding"):
+        x_BTD = embed_tokens(embed, batch, cfg, outer.ops, compute_dtype)
     layers = (params["blocks"], substate(view_state, "blocks"), _block_ranges(ranges), jnp.arange(cfg.layers))
     records: Records = {}
-    if cache is None:
-        kept = wrapper(parse(remat, sites(cfg)))
-        x_BTD, records = scan(kept(step), x_BTD, layers, unroll=min(unroll, cfg.layers))
-    else:
-        x_BTD, cache = through_cache(step, x_BTD, layers, cache, batch, cfg, unroll)
-    hidden_BTD = last_hidden(x_BTD, seen("final_norm"), cfg, output_dtype or compute_dtype)
+    with jax.named_scope("blocks"):
+        if cache is None:
+            kept = wrapper(parse(remat, sites(cfg)))
+            x_BTD, records = scan(kept(step), x_BTD, layers, unroll=min(unroll, cfg.layers))
+        else:
+            x_BTD, cache = through_cache(step, x_BTD, layers, cache, batch, cfg, unroll)
+    with jax.named_scope("final_norm"):
+        hidden_BTD = last_hidden(x_BTD, seen("final_norm"), cfg, output_dtype or compute_dtype)
     head = embed["table"] if cfg.tied else seen("head")["w"]
     sums = kept_sums(records)
     records = {f"blocks/{name}": x for name, x in records.items() if not name.startswith(KEPT)} | outer.close()

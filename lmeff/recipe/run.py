@@ -23,13 +23,17 @@ from lmeff.parallel.leaves import leaf_table, warn
 from lmeff.parallel.mesh import make_layout
 from lmeff.parallel.processes import leads, refuse_unjoined, same, sync
 from lmeff.recipe.artifact import Artifact, load, save
+from lmeff.recipe.log import replay
 from lmeff.recipe.stage import Workshop, recipe_of, run_stage
 from lmeff.recipe.summary import make_report, rule_rows
 from lmeff.report.html import write_html
 from lmeff.report.schema import Report
 from lmeff.report.tables import print_artifacts, print_rules
 from lmeff.train.checkpoint import lock
+from lmeff.train.profile import Window
+from lmeff.train.profile import check as check_profile
 from lmeff.train.progress import make_progress
+from lmeff.train.sinks import check as check_sinks
 
 
 def run(
@@ -38,16 +42,23 @@ def run(
     sources: Mapping[str, str],
     only: str | None = None,
     resume: bool = True,
+    profile: Window | None = None,
     console: Console,
 ) -> Report:
     """Runs the recipe and reports on it. Stages that are done are read back; a stage that was cut off goes on where it was saved.
 
     sources: the origin of each setting, for the report.
     only:    run this stage and what it needs that is not there yet, without the others.
+    profile: the steps of each stage that trains to trace, under `profile/STAGE` of the run.
     """
     shapes = validate(experiment, jax.device_count())
     for package in ("matplotlib", "jinja2"):  # before hours of training, not after
         require(package, extra="report")
+    if leads():
+        check_sinks(experiment.log)
+    stages = experiment.recipe if only is None else needed(experiment.recipe, only)
+    if profile is not None:
+        check_profile(profile, ((stage.name, experiment.steps(stage)) for stage in stages))
     directory = Path(experiment.run_dir)
     if not resume and (directory / "config.json").exists():
         raise CheckpointError(
@@ -57,11 +68,11 @@ def run(
     loaded = loads(experiment, directory)
     check_same(loaded, directory)
     shop = open_workshop(experiment, shapes, directory, console, resume=resume)  # builds data whole or leaves no trace
+    shop = dataclasses.replace(shop, profile=profile)
     with lock(directory):
         if leads():
             write(experiment, directory)
             keep(loaded, directory)
-        stages = experiment.recipe if only is None else needed(experiment.recipe, only)
         artifacts: dict[str, Artifact] = {}
         for stage in stages:
             artifacts[stage.name] = make_or_load(shop, stage, artifacts, console)
@@ -70,6 +81,13 @@ def run(
         if leads():
             report.write(directory / f"{name}.json")
             write_html(report, directory / f"{name}.html")
+            replay(
+                experiment.log,
+                experiment,
+                directory,
+                report.artifacts,
+                lambda line: console.print(line, highlight=False, soft_wrap=True),
+            )
         print_artifacts(report, console)
         console.print(f"report: {directory / f'{name}.html'}", highlight=False, soft_wrap=True)
         return report
@@ -134,7 +152,8 @@ def load_artifact(shop: Workshop, stage: Stage, earlier: Mapping[str, Artifact])
 def make_or_load(shop: Workshop, stage: Stage, earlier: Mapping[str, Artifact], console: Console) -> Artifact:
     """The artifact of a stage: read back where it is complete, else made and saved."""
     if is_done(shop, stage):
-        console.print(f"{stage.name}: done before", highlight=False)
+        told = "done before" if shop.profile is None else "done before, so not profiled"
+        console.print(f"{stage.name}: {told}", highlight=False)
         return load_artifact(shop, stage, earlier)
     steps = shop.experiment.steps(stage)
     console.print(f"{stage.name}: {_intent(stage, steps)}", highlight=False, style="bold")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,15 +24,18 @@ from lmeff.models.transformer import param_specs
 from lmeff.parallel.mesh import Layout, shardings
 from lmeff.parallel.rows import own_rows
 from lmeff.recipe.artifact import Artifact, Recipe
+from lmeff.recipe.log import opener
 from lmeff.recipe.measure import held_out
 from lmeff.recipe.runtime import make_runtime
 from lmeff.recipe.sources import load_numbers
 from lmeff.train.evaluate import make_eval_step
 from lmeff.train.loop import Cost, Job, train
-from lmeff.train.metrics import read_metrics
+from lmeff.train.metrics import Row, read_metrics
 from lmeff.train.optim import learning_rate_at
+from lmeff.train.profile import Profile, Window
 from lmeff.train.progress import Progress
 from lmeff.train.runtime import Frozen, Runtime
+from lmeff.train.sinks import Sinks
 from lmeff.train.state import TrainState, create_state, with_compression
 from lmeff.train.step import begin
 
@@ -41,7 +44,11 @@ Artifacts = Mapping[str, Artifact]
 
 @dataclass(frozen=True, kw_only=True)
 class Workshop:
-    """What all stages of a run share; `shapes` are those of every stage's model."""
+    """What all stages of a run share.
+
+    shapes:  of every stage's model.
+    profile: the steps of each stage to trace.
+    """
 
     experiment: Experiment
     shapes: Mapping[str, ModelConfig]
@@ -49,6 +56,7 @@ class Workshop:
     layout: Layout
     directory: Path
     resume: bool
+    profile: Window | None = None
 
     @property
     def policy(self) -> Policy:
@@ -58,6 +66,15 @@ class Workshop:
     def stage_dir(self, stage: Stage) -> Path:
         """Where a stage writes."""
         return self.directory / "stages" / stage.name
+
+    def profile_of(self, stage: Stage) -> Profile | None:
+        """The steps of a stage to trace, and where to."""
+        return None if self.profile is None else Profile(self.profile, self.directory / "profile" / stage.name)
+
+    def sinks_of(self, stage: Stage, tell: Callable[[str], None]) -> Callable[[Sequence[Row]], Sinks] | None:
+        """Opens what the metrics of a stage go to besides its file."""
+        config = self.experiment.log
+        return opener(config, self.experiment, self.directory, stage, tell) if config.sinks else None
 
     def calibration(self, batches: int) -> list[Any]:
         """The first batches of the training data."""
@@ -229,6 +246,8 @@ def _trained(
         learning_rate=lambda step: learning_rate_at(optim, steps, step),
         metadata={"stage": stage.name},
         evaluate=None if shop.experiment.train.eval_every is None else validation_loss(shop, rt, start.ranges),
+        profile=shop.profile_of(stage),
+        sinks=shop.sinks_of(stage, progress.tell),
     )
     state, cost = train(job, state, progress=progress, resume=shop.resume)
     return state.final.params, State(state.final.compression, state.auxiliary), cost

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +17,11 @@ from lmeff.parallel.processes import sync
 from lmeff.parallel.rows import place_batch
 from lmeff.train.checkpoint import Checkpointer
 from lmeff.train.local_updates import LocalUpdates
-from lmeff.train.metrics import MetricsWriter, read_metrics
+from lmeff.train.metrics import MetricsWriter, Row, read_metrics
+from lmeff.train.profile import Profile, Tracer
 from lmeff.train.progress import Progress
 from lmeff.train.runtime import Frozen, Metrics, Runtime
+from lmeff.train.sinks import Sinks
 from lmeff.train.state import TrainState
 from lmeff.train.step import make_train_step
 
@@ -75,6 +77,8 @@ class Job:
     learning_rate: what step number `step` (from 0) uses, for the log.
     metadata:      JSON-able facts stored with each checkpoint.
     evaluate:      the held-out loss in nats/token, for `config.eval_every`.
+    profile:       the steps to trace.
+    sinks:         opens what the metric lines go to besides, with those that are there.
     """
 
     rt: Runtime
@@ -86,6 +90,8 @@ class Job:
     learning_rate: Callable[[int], float]
     metadata: dict[str, Any] = field(default_factory=dict)
     evaluate: Callable[[TrainState], float] | None = None
+    profile: Profile | None = None
+    sinks: Callable[[Sequence[Row]], Sinks] | None = None
 
     def logs(self, step: int) -> bool:
         """Whether a metric line is due after this step."""
@@ -121,6 +127,7 @@ class Outlets(NamedTuple):
     checkpointer: Checkpointer
     metrics: MetricsWriter
     progress: Progress
+    tracer: Tracer
 
 
 def compile_step(rt: Runtime, state: TrainState, batch: Batch, frozen: Frozen) -> Callable[..., Any]:
@@ -145,9 +152,11 @@ def train(job: Job, state: TrainState, *, progress: Progress, resume: bool) -> t
                 )
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
             state, _ = checkpointer.restore(abstract)
-        writer = MetricsWriter(job.directory / "metrics.jsonl", resume_step=int(state.step))
-        with contextlib.closing(writer) as metrics:
-            return _run(job, state, Outlets(checkpointer, metrics, progress))
+        start = int(state.step)
+        writer = MetricsWriter(job.directory / "metrics.jsonl", resume_step=start, sinks=job.sinks)
+        tracer = Tracer(job.profile, progress.tell, start=start, steps=job.steps)
+        with contextlib.closing(writer) as metrics, tracer:
+            return _run(job, state, Outlets(checkpointer, metrics, progress, tracer))
 
 
 def _run(job: Job, state: TrainState, outlets: Outlets) -> tuple[TrainState, Cost]:
@@ -163,6 +172,7 @@ def _run(job: Job, state: TrainState, outlets: Outlets) -> tuple[TrainState, Cos
     compile_seconds = time.perf_counter() - began
     log = Log(job, outlets, start, batch.tokens.size)
     for step in range(start + 1, job.steps + 1):
+        outlets.tracer.begin(step)
         state, values = compiled(state, batch, job.frozen)
         log.flush()
         if job.logs(step) or job.saves(step):
@@ -172,6 +182,7 @@ def _run(job: Job, state: TrainState, outlets: Outlets) -> tuple[TrainState, Cos
             outlets.checkpointer.save(step, state, job.metadata)
         if step < job.steps:
             batch = place_batch(next(batches), job.rt.layout, job.config.batch)
+        outlets.tracer.end(step, state)
     jax.block_until_ready(state)
     seconds = time.perf_counter() - began - compile_seconds
     return state, Cost(seconds, compile_seconds, job.steps * batch.tokens.size)

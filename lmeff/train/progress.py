@@ -8,9 +8,11 @@ from rich.progress import Progress as Bar
 
 
 class Progress(Protocol):
-    """What the loop tells: `update` at every logged step, `close` at the end."""
+    """What the loop tells: `update` at every logged step, `tell` for a line in between, `close` at the end."""
 
     def update(self, step: int, *, loss: float, tokens_per_second: float) -> None: ...
+
+    def tell(self, line: str) -> None: ...
 
     def close(self) -> None: ...
 
@@ -27,12 +29,17 @@ class BarProgress:
             TextColumn("{task.fields[told]}"),
         )
         self._bar = Bar(*columns, TimeRemainingColumn(), console=console)
+        self._name, self._console = name, console
         self._task = self._bar.add_task(name, total=steps, told="compiling")
         self._bar.start()
 
     def update(self, step: int, *, loss: float, tokens_per_second: float) -> None:
         """Moves the bar."""
         self._bar.update(self._task, completed=step, told=f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s")
+
+    def tell(self, line: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(f"{self._name}: {line}", highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Leaves the bar as it stands."""
@@ -56,6 +63,10 @@ class LineProgress:
             f"{self._name}: step {step}/{self._steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s",
             highlight=False,
         )
+
+    def tell(self, line: str) -> None:
+        """Prints a line."""
+        self._console.print(f"{self._name}: {line}", highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Nothing is open."""

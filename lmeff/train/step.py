@@ -83,8 +83,9 @@ def advance(rt: Runtime, state: TrainState, batch: Batch, frozen: Frozen) -> tup
     if scaled:
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads)
     grads = place_gradients(rt, grads)
-    updates, opt = rt.tx.update(grads, state.opt, state.trainable)
-    trainable: Any = optax.apply_updates(state.trainable, updates)
+    with jax.named_scope("optimizer"):
+        updates, opt = rt.tx.update(grads, state.opt, state.trainable)
+        trainable: Any = optax.apply_updates(state.trainable, updates)
     auxiliary = rt.compression.update(
         trainable.params, grads.params, State(trainable.compression, state.auxiliary), state.step + 1
     )
@@ -182,6 +183,7 @@ def loss_sums(
     teacher = None
     if rt.teacher is not None:
         params = jax.lax.stop_gradient(frozen.teacher)
-        teacher = rt.teacher.run(layout, params, (), batch, frozen.teacher_ranges, rt.policy, "none")
+        with jax.named_scope("teacher"):
+            teacher = rt.teacher.run(layout, params, (), batch, frozen.teacher_ranges, rt.policy, "none")
         teacher = jax.lax.stop_gradient(teacher)
     return rt.objective(layout, student, teacher, batch)
