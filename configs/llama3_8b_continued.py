@@ -1,19 +1,21 @@
-"""Llama-3-8B trained on with text of your own: 4,000 steps from the published weights.
+r"""Llama-3-8B trained on with text of your own: 4,000 steps from the published weights.
 
 v5p-64 (64 TensorCores: 32 chips, 2x4x4)
 lmeff plan configs/llama3_8b_continued.py --topology v5p:2x4x4
-    PLAN
+    52.7 of 95.7 GiB a chip; 159 k tokens/s (89.2 k to 240 k), MFU 56%; 7 h 21 min, 235 chip-hours
 tpu_scripts/launch.sh --type v5p-64 --runs /mnt/runs configs/llama3_8b_continued.py
 
 v6e-16 (16 chips, 4x4)
 lmeff plan configs/llama3_8b_continued.py --topology v6e:4x4 --mesh.fsdp 16 --train.batch 32 --train.remat save:attn_out
-    PLAN
-tpu_scripts/launch.sh --type v6e-16 --runs /mnt/runs configs/llama3_8b_continued.py -- --mesh.fsdp 16 --train.batch 32 --train.remat save:attn_out
+    19.1 of 31.2 GiB a chip; 133 k tokens/s (65.6 k to 226 k), MFU 46%; 2 h 12 min, 35 chip-hours
+tpu_scripts/launch.sh --type v6e-16 --runs /mnt/runs configs/llama3_8b_continued.py -- \
+    --mesh.fsdp 16 --train.batch 32 --train.remat save:attn_out
 
 v5e-16 (v5litepod-16: 16 chips, 4x4)
 lmeff plan configs/llama3_8b_continued.py --topology v5e:4x4 --mesh.fsdp 16 --train.batch 16 --train.remat save:attn_out --data.sequence 4096
-    PLAN
-tpu_scripts/launch.sh --type v5litepod-16 --runs /mnt/runs configs/llama3_8b_continued.py -- --mesh.fsdp 16 --train.batch 16 --train.remat save:attn_out --data.sequence 4096
+    10.7 of 15.8 GiB a chip; 33.3 k tokens/s (14.3 k to 52.5 k), MFU 51%; 2 h 11 min, 35 chip-hours
+tpu_scripts/launch.sh --type v5litepod-16 --runs /mnt/runs configs/llama3_8b_continued.py -- \
+    --mesh.fsdp 16 --train.batch 16 --train.remat save:attn_out --data.sequence 4096
 
 The steps are the same everywhere, so the tokens are not: 4.2 billion, 1.05 billion and 0.26 billion.
 
@@ -24,8 +26,8 @@ up and decaying the learning rate again, and keeping some general text in the mi
 https://arxiv.org/abs/2403.08763).
 
 Yours to provide: text. `corpus/` is a folder of JSON lines with a field "text", on a file system that every host sees; `--data.path` names another.
-`models/llama3-8b` is the folder of Hugging Face's meta-llama/Meta-Llama-3-8B (config.json, tokenizer.json, .safetensors), whose licence you accept there, on the
-same file system; its tokenizer is used. Where the folder is not, `lmeff plan` goes by the shape below, and `lmeff run` refuses.
+`models/llama3-8b` is the folder of Hugging Face's meta-llama/Meta-Llama-3-8B (config.json, tokenizer.json, .safetensors), whose licence you accept there, on
+the same file system; its tokenizer is used. Where the folder is not, `lmeff plan` goes by the shape below, and `lmeff run` refuses.
 """
 
 from lmeff.config import (

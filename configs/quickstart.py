@@ -1,6 +1,9 @@
 """A small Llama on the Python standard library's own sources, and what compression makes of it.
 
+lmeff plan configs/quickstart.py
 lmeff run configs/quickstart.py
+
+Five minutes on two cores of a CPU, without an accelerator or a network. Its report says which of the claims below held.
 """
 
 from lmeff.config import (

@@ -64,6 +64,20 @@ def build(transforms: tuple[Transform, ...], *, where: str = "compress") -> Comp
     return chain(*members)
 
 
+def pack_leaf(transform: Quantize, specs: Tree) -> Callable[[str, Any], Any]:
+    """`(path, weight) -> leaf`: what `export` makes of one weight, so that a model can be packed without ever being whole in floating point."""
+    formats = resolve(transform.rules, flatten(specs), where="compress.rules")
+
+    def pack(path: str, w: Any) -> Any:
+        if formats[path] is None:
+            return w
+        one = fake_quantization(parse_format(str(formats[path])), method=transform.method)
+        tree, spec = {"leaf": w}, {"leaf": flatten(specs)[path]}
+        return one.export(tree, one.init(tree, spec))["leaf"]
+
+    return pack
+
+
 def describe(transforms: tuple[Transform, ...], specs: Tree) -> list[tuple[str, str, str, str]]:
     """Rows (path, letters, shape, rule text) of what happens to every leaf, for printing before anything compiles."""
     done: dict[str, list[str]] = {}

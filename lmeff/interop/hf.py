@@ -8,7 +8,7 @@ import contextlib
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,12 @@ def details(folder: Path) -> dict[str, Any]:
     return {"family": family.name, "keep": {key: ids[key] for key in IDS if ids.get(key) is not None}}
 
 
-def load(folder: Path, layout: Layout, dtype: Any = None) -> tuple[ModelConfig, dict[str, Any]]:
+def load(
+    folder: Path, layout: Layout, dtype: Any = None, *, then: Callable[[str, Any], Any] | None = None
+) -> tuple[ModelConfig, dict[str, Any]]:
     """The config and the parameters of the model in a folder, placed by `layout`.
 
-    dtype: of all parameters; None keeps what is stored.
+    dtype: of all parameters; None keeps what is stored. then: `(path, parameter) -> leaf`, applied to each before the next one is read.
 
     Raises `CheckpointError` that lists tensors where they are missing, unknown, of another shape, or of a dtype that is no weight's, before any is read.
     """
@@ -62,8 +64,9 @@ def load(folder: Path, layout: Layout, dtype: Any = None) -> tuple[ModelConfig, 
     leaves = located(family, cfg, tensor_prefix(family, tensors))
     _check(tensors, leaves, cfg, family, Path(folder))
 
-    def leaf(path: str, spec: ParamSpec) -> jax.Array:
-        return read_leaf(tensors, spec, leaves[path][1], cfg, layout, dtype)
+    def leaf(path: str, spec: ParamSpec) -> Any:
+        read = read_leaf(tensors, spec, leaves[path][1], cfg, layout, dtype)
+        return read if then is None else jax.block_until_ready(then(path, read))
 
     return cfg, map_with_path(leaf, param_specs(cfg))
 

@@ -88,7 +88,7 @@ def sizing_json(job: Job, six_nd: float) -> Json:
 
 def memory_json(memory: Memory) -> Json:
     """One device of a stage of the pipeline."""
-    return {**memory._asdict(), "total": memory.total}
+    return {**memory._asdict(), "held": dict(memory.held), "total": memory.total}
 
 
 def site_json(site: SiteTime) -> Json:

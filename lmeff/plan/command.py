@@ -57,6 +57,7 @@ class Plan:
         budget_bytes: search compressions of the model within this size, such as 4GiB.
         budget_ms: search compressions of the model within so many milliseconds a token.
         tokens: of the whole run in place of its steps, such as 15T.
+        layers: cut every model of every stage to its first layers, so that compiling takes seconds; for trying out, no number is then the run's.
         serve: also what the finished model costs to serve.
         html: also write the plan as a page.
         json: print one JSON object on stdout and tables on stderr.
@@ -74,6 +75,7 @@ class Plan:
     budget_bytes: str | None = None
     budget_ms: float | None = None
     tokens: str | None = None
+    layers: int | None = None
     serve: tyro.conf.FlagCreatePairsOff[bool] = False
     html: Path | None = None
     json: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -98,6 +100,8 @@ def check(command: Plan) -> None:
         raise UsageError(f"--budget-ms: got {command.budget_ms}, expected milliseconds above 0, such as 20")
     if command.tokens is not None:
         count("--tokens", command.tokens)
+    if command.layers is not None and command.layers < 1:
+        raise UsageError(f"--layers: got {command.layers}, expected at least 1")
 
 
 def target(command: Plan, experiment: Experiment) -> Target:
@@ -234,8 +238,9 @@ def compiled(estimate: Estimate, where: Target) -> Json:
         found = verify(estimate.job, where.name or jax.devices(), predicted=estimate.peak)
     except DoesNotFit as error:
         return {"where": where.name, "fits": False, "refusal": str(error)}
-    # A TPU's compiler refuses what does not fit; a CPU's compiles anything.
-    return found.to_json()["compiled"] | {"fits": where.name is not None or found.total <= estimate.capacity}
+    # A TPU's compiler refuses what does not fit, but knows nothing of what lies beside the step; a CPU's compiles anything.
+    taken = (found.peak or 0) if where.name is not None else found.total
+    return found.to_json()["compiled"] | {"fits": taken + sum(estimate.peak.held.values()) <= estimate.capacity}
 
 
 def fits(found: Json) -> bool:
@@ -251,6 +256,8 @@ def choose(command: Plan, experiment: Experiment, where: Target) -> tuple[Job, l
     if command.tokens is not None:
         tokens = count("--tokens", command.tokens)
         found = [job.changed(steps=-(-tokens // (job.rows * job.tokens))) for job in found]
+    if command.layers is not None:
+        found = [job.shallow(command.layers) for job in found]
     if not found:
         raise ConfigError(
             f"{command.config}: no stage trains, expected one with steps above 0; there is nothing to plan"

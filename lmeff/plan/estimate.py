@@ -1,5 +1,7 @@
 """What a plan answers: the values that counting, memory, traffic and time give, and that tables, JSON and pages show."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lmeff.plan.job import Job
@@ -63,17 +65,29 @@ class Memory(NamedTuple):
     state:       what the step is given and keeps: "parameters", "optimizer", "average", "masks", "scales", "reducer", "teacher", "batch", ...
     temporaries: what lives at the step's peak besides: "gradients", "gathered weights", "kept activations", "block", "logits", "stash", "optimizer update", ...
     host:        bytes in the host's memory (offload).
+    held:        what lies there beside the step while it runs: "start", the weights that the stage began from, where they are another artifact's.
     """
 
     stage: int
     state: dict[str, int]
     temporaries: dict[str, int]
     host: int = 0
+    held: Mapping[str, int] = MappingProxyType({})
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """All categories on the device, what stays first."""
+        return {**self.state, **self.held, **self.temporaries}
 
     @property
     def total(self) -> int:
         """Bytes on the device."""
-        return sum(self.state.values()) + sum(self.temporaries.values())
+        return sum(self.parts.values())
+
+    @property
+    def of_step(self) -> int:
+        """Those of the step alone."""
+        return self.total - sum(self.held.values())
 
 
 class Flow(NamedTuple):
@@ -178,7 +192,7 @@ class Estimate(NamedTuple):
                 "model_full": self.work.model_full,
                 "model_causal": self.work.model_causal,
             },
-            "bytes_per_device": {**self.peak.state, **self.peak.temporaries, "total": self.peak.total},
+            "bytes_per_device": {**self.peak.parts, "total": self.peak.total},
             "capacity": self.capacity,
             "collective_bytes": collective_bytes(self.flows),
             "step_seconds": {"low": self.time.low, "middle": self.time.middle, "high": self.time.high},

@@ -9,7 +9,7 @@ from lmeff.config import Experiment, Stage
 from lmeff.config.validate import validate
 from lmeff.core.precision import Policy, parse
 from lmeff.distill.objectives import Distill
-from lmeff.models.config import ModelConfig
+from lmeff.models.config import ModelConfig, with_layers
 from lmeff.parallel.activations import choose
 from lmeff.parallel.compressed import Reduce
 from lmeff.parallel.mesh import Layout, MeshPlan, plan_layout
@@ -37,6 +37,7 @@ class Job:
     platform: of the devices: "cpu", "gpu" or "tpu".
     rows:     of the global batch, all microbatches; tokens: of a row.
     remat:    as `train.remat` has it; `policy_of_remat` says what a budget comes to.
+    held:     models whose weights lie on the devices beside the step's own, while it trains.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Job:
     optim: OptimConfig = OptimConfig()
     reduce: Reduce | None = None
     local: LocalUpdates | None = None
+    held: tuple[Shape, ...] = ()
 
     @property
     def cfg(self) -> ModelConfig:
@@ -105,6 +107,15 @@ class Job:
             local=None if self.local is None else Local(self.local.axis, self.local.every, self.local.fragments),
         )
 
+    def shallow(self, layers: int) -> "Job":
+        """The same job with every model cut to its first layers: as wide, and quicker to compile."""
+
+        def cut(model: Shape) -> Shape:
+            return dataclasses.replace(model, cfg=with_layers(model.cfg, range(min(layers, model.cfg.layers))))
+
+        teacher = None if self.teacher is None else cut(self.teacher)
+        return self.changed(student=cut(self.student), teacher=teacher, held=tuple(map(cut, self.held)))
+
     def changed(self, **changes: Any) -> "Job":
         """The same job with fields changed."""
         return dataclasses.replace(self, **changes)
@@ -121,9 +132,21 @@ def jobs(experiment: Experiment, devices: int, platform: str) -> list[Job]:
     for stage in experiment.recipe:
         recipe = recipe_of(stage, cfgs[stage.name], recipes)
         if experiment.steps(stage):
-            found.append(_job(experiment, stage, Shape(cfg=cfgs[stage.name], recipe=recipe), cfgs, recipes))
+            job = _job(experiment, stage, Shape(cfg=cfgs[stage.name], recipe=recipe), cfgs, recipes)
+            found.append(job.changed(held=_held(stage, job, cfgs, recipes)))
         recipes[stage.name] = dataclasses.replace(recipe, packed=recipe.packed or stage.export)
     return [job.changed(devices=devices, platform=platform) for job in found]
+
+
+def _held(stage: Stage, job: Job, cfgs: Mapping[str, ModelConfig], recipes: Mapping[str, Recipe]) -> tuple[Shape, ...]:
+    """What a stage began from and keeps: its start, unless that is the teacher, and what it made of it. What is loaded or random becomes the state."""
+    if stage.start is None:
+        return ()
+    start = Shape(cfg=cfgs[stage.start], recipe=recipes[stage.start])
+    own = () if stage.distill is not None and stage.distill.teacher == stage.start else (start,)
+    # Weights that nothing acted on are the start's own.
+    made = stage.shrink is not None or (bool(stage.compress) and start.recipe.transforms != ())
+    return (*own, Shape(cfg=job.cfg)) if made else own
 
 
 def _job(

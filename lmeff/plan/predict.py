@@ -9,7 +9,7 @@ from lmeff.plan.estimate import Estimate, Memory, StepTime
 from lmeff.plan.hardware import Chip
 from lmeff.plan.job import Job
 from lmeff.plan.roofline import step_time
-from lmeff.plan.state import host_bytes, state_bytes
+from lmeff.plan.state import held_bytes, host_bytes, state_bytes
 from lmeff.plan.temporaries import temporary_bytes
 from lmeff.plan.traffic import flows
 from lmeff.plan.words import notes
@@ -42,13 +42,13 @@ def predict(job: Job, chip: Chip, topology: Topology | None = None) -> Estimate:
 def memory(job: Job) -> tuple[Memory, ...]:
     """Bytes on a device of the first, a middle and the last stage; one without a pipeline."""
     last = job.degrees["pipe"] - 1
-    temporaries, host = temporary_bytes(job), host_bytes(job)
-    return tuple(Memory(stage, state_bytes(job, stage), temporaries, host) for stage in sorted({0, last // 2, last}))
+    temporaries, host, held = temporary_bytes(job), host_bytes(job), held_bytes(job)
+    return tuple(Memory(s, state_bytes(job, s), temporaries, host, held) for s in sorted({0, last // 2, last}))
 
 
 def fullest(job: Job) -> int:
     """Bytes on a device of the first stage: all stages run one program and hold as much (`lmeff.plan.state`, `lmeff.plan.temporaries`)."""
-    return sum(state_bytes(job).values()) + sum(temporary_bytes(job).values())
+    return sum(sum(part.values()) for part in (state_bytes(job), held_bytes(job), temporary_bytes(job)))
 
 
 def seconds(job: Job, chip: Chip, topology: Topology | None = None) -> StepTime:

@@ -50,7 +50,7 @@ def nothing_fits(found: "Search") -> Iterator[str]:
 
 def relief(found: Estimate) -> str:
     """What would make room, by what takes most of it."""
-    parts = {**found.peak.state, **found.peak.temporaries}
+    parts = found.peak.parts
     top = max(parts, key=lambda name: parts[name])
     over = found.peak.total / found.capacity
     return f"{RELIEFS.get(top, MORE)}, or take about {over:.1f} times as many devices"

@@ -15,9 +15,11 @@ from lmeff.core.precision import parse
 from lmeff.core.specs import abstract
 from lmeff.models.remat import HOST
 from lmeff.models.transformer import param_specs
+from lmeff.parallel.mesh import MeshPlan, plan_layout
 from lmeff.plan.job import Job, Shape
 from lmeff.plan.program import runtime
 from lmeff.plan.storage import stored_bytes
+from lmeff.recipe.artifact import abstract_arrays
 from lmeff.recipe.runtime import abstract_frozen
 from lmeff.train.optim import OptimConfig, make_optimizer
 from lmeff.train.state import TrainState, abstract_batch, build_state
@@ -45,6 +47,19 @@ def host_bytes(job: Job) -> int:
     return _kept(_counted(job))[1]
 
 
+def held_bytes(job: Job) -> dict[str, int]:
+    """Bytes on one device of what lies there beside the step: "start", the models of `Job.held`; none where there are none."""
+    size = _held(job.held, job.mesh, job.devices, job.platform, job.precision) if job.held else 0
+    return {"start": size} if size else {}
+
+
+@functools.lru_cache(maxsize=1024)
+def _held(models: tuple[Shape, ...], mesh: MeshPlan, devices: int, platform: str, precision: str) -> int:
+    layout, dtype = plan_layout(mesh, devices, platform), parse(precision).params
+    found = jax.tree.leaves([abstract_arrays(model.cfg, model.recipe, layout, dtype) for model in models])
+    return sum(stored_bytes(x.sharding.shard_shape(x.shape), x.dtype, platform) for x in found)
+
+
 def optimizer_bytes(job: Job) -> int:
     """Bytes of the optimizer's arrays of one device, in its own memory or the host's."""
     kept, host = _kept(_counted(job))
@@ -54,7 +69,7 @@ def optimizer_bytes(job: Job) -> int:
 def _counted(job: Job) -> Job:
     """The job without what no byte of its state depends on, so that jobs alike in the rest are counted once."""
     mesh = dataclasses.replace(job.mesh, schedule="1f1b", chunks=None, stash="input")
-    return job.changed(name="", steps=1, rows=1, tokens=1, remat="none", accumulate=1, mesh=mesh)
+    return job.changed(name="", steps=1, rows=1, tokens=1, remat="none", accumulate=1, mesh=mesh, held=())
 
 
 @functools.lru_cache(maxsize=8192)

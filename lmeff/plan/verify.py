@@ -94,7 +94,7 @@ class Verification(NamedTuple):
             Row("arguments", state, self.argument),
             Row("temporaries", self.reported, self.total - self.argument),
             Row("total", state + self.reported, self.total),
-            *([] if self.peak is None else [Row("live at the peak", self.predicted.total, self.peak)]),
+            *([] if self.peak is None else [Row("live at the peak", self.predicted.of_step, self.peak)]),
             Row("in the host's memory", self.predicted.host, self.host),
         )
         return tuple(row for row in rows if row.predicted or row.compiled)
@@ -186,7 +186,7 @@ def refusal(message: str, where: str, predicted: Memory) -> str:
     """What the compiler says when it runs out of memory, as one paragraph: how much is missing, what is to blame, what to change."""
     told, largest = NEEDED.search(message), LARGEST.search(message)
     needed, capacity = [part for part in told.groups() if part] if told else ("more", "what there is")
-    parts = {**predicted.state, **predicted.temporaries}
+    parts = predicted.parts
     category, size = max(parts.items(), key=lambda item: item[1])
     allocation = f"; the compiler's largest allocation is {largest[1]} ({largest[2] or largest[3]})" if largest else ""
     return (
@@ -205,6 +205,7 @@ REMEDIES = {
     "reducer": "Use train.reduce of method int8, which keeps nothing, or cut the model over mesh.tensor or mesh.pipe.",
     "outer": "Cut the model over more devices (mesh.fsdp), with fewer workers.",
     "teacher": "Take an exported (packed) teacher, or cut it over more devices (mesh.fsdp at mesh.zero = 3, mesh.tensor).",
+    "start": "Let the stage load the model itself (load in place of start), or cut the model over more devices (mesh.fsdp at mesh.zero = 3).",
     "gradients": "Cut them over more devices (mesh.fsdp at mesh.zero = 2 or 3, mesh.tensor, mesh.pipe).",
     "gathered weights": "Cut the model over mesh.tensor or mesh.pipe, and not over mesh.fsdp alone.",
 }

@@ -42,7 +42,7 @@ def room(found: Estimate) -> str:
 
 def largest(memory: Memory, how_many: int = 3) -> str:
     """The largest categories: "optimizer 7.5 GiB, gradients 3.7 GiB"."""
-    parts = {**memory.state, **memory.temporaries}
+    parts = memory.parts
     top = sorted(parts, key=lambda name: -parts[name])[:how_many]
     return ", ".join(f"{name} {size(parts[name])}" for name in top if parts[name])
 

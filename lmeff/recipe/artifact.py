@@ -63,6 +63,15 @@ class Artifact:
         """The weights as the forward pass sees them."""
         return self.params if self.recipe.packed else jax.jit(self.recipe.compression.apply)(self.params, self.state)
 
+    @property
+    def at_hand(self) -> bool:
+        """Whether its arrays are here, and not on disk alone."""
+        return self.params is not None
+
+    def at_rest(self) -> "Artifact":
+        """Without its arrays, which are saved: what later stages must know of it even where they do not read it."""
+        return dataclasses.replace(self, params=None, state=State({}, {}), ranges=None)
+
     def export(self) -> "Artifact":
         """The packed model: integer codes and scales, and the other weights as the forward pass saw them."""
         packed = jax.jit(self.recipe.compression.export)(self.params, self.state)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -75,7 +75,9 @@ def run(
             keep(loaded, directory)
         artifacts: dict[str, Artifact] = {}
         for stage in stages:
+            artifacts = at_hand(shop, artifacts, stage.parents)
             artifacts[stage.name] = make_or_load(shop, stage, artifacts, console)
+        artifacts = at_hand(shop, artifacts, tuple(artifacts))
         report = make_report(shop, stages, artifacts, sources, console)
         name = "report" if only is None else f"report-{only}"
         if leads():
@@ -147,6 +149,15 @@ def load_artifact(shop: Workshop, stage: Stage, earlier: Mapping[str, Artifact])
     recipe = recipe_of(stage, shop.shapes[stage.name], recipes)
     recipe = dataclasses.replace(recipe, packed=recipe.packed or stage.export)
     return load(stage.name, recipe, shop.stage_dir(stage) / "artifact", shop.layout, shop.policy.params)
+
+
+def at_hand(shop: Workshop, artifacts: Mapping[str, Artifact], wanted: Collection[str]) -> dict[str, Artifact]:
+    """The arrays of these artifacts and of no others: while a stage trains, the devices hold what it reads."""
+    found = {name: artifact if name in wanted else artifact.at_rest() for name, artifact in artifacts.items()}
+    for name in wanted:
+        if not found[name].at_hand:
+            found[name] = load_artifact(shop, shop.experiment.stage(name), found)
+    return found
 
 
 def make_or_load(shop: Workshop, stage: Stage, earlier: Mapping[str, Artifact], console: Console) -> Artifact:

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from lmeff.compress.base import State
-from lmeff.config.loads import is_compressed, is_huggingface
+from lmeff.compress.config import Quantize, pack_leaf
+from lmeff.config.loads import is_compressed, is_huggingface, read_config
 from lmeff.core.errors import CheckpointError
 from lmeff.core.files import new_folder
 from lmeff.core.numerics import is_qtensor, materialize
 from lmeff.core.ops import FLOATING, Numerics
 from lmeff.core.specs import abstract
-from lmeff.core.tree import Tree
+from lmeff.core.tree import Tree, flatten, map_with_path
 from lmeff.data import pretrained
 from lmeff.interop import compressed_load, hf
 from lmeff.interop.model_folder import ARTIFACT, TOKENIZER, Header, is_model_folder, read_header, write_header
@@ -56,6 +57,22 @@ def load_numbers(path: Path, layout: Layout, dtype: Any) -> tuple[ModelConfig, A
     plain = abstract(param_specs(found.cfg), dtype)
     out = shardings(plain, param_specs(found.cfg), layout)
     return found.cfg, jax.jit(materialize, out_shardings=out)(found.params)
+
+
+def load_packed(path: Path, layout: Layout, dtype: Any, transform: Quantize) -> tuple[ModelConfig, Any]:
+    """The same with the weights packed as the transform says; of a Hugging Face folder one at a time, so that the model is never whole in floating point."""
+    cfg = read_header(path).cfg if is_model_folder(path) else read_config(path)
+    specs = param_specs(cfg)
+    flat, packed = flatten(specs), pack_leaf(transform, specs)
+
+    def pack(name: str, w: Any) -> Any:
+        made = jax.eval_shape(lambda x: packed(name, x), w)
+        out = shardings({"leaf": made}, {"leaf": flat[name]}, layout)["leaf"]
+        return jax.jit(lambda x: packed(name, x), out_shardings=out)(w)
+
+    if is_huggingface(path) and not is_compressed(path):
+        return hf.load(path, layout, dtype, then=pack)
+    return cfg, map_with_path(lambda name, w, _: pack(name, w), load_numbers(path, layout, dtype)[1], specs)
 
 
 def stored_dtype(path: Path) -> Any:

@@ -11,6 +11,7 @@ import jax
 
 from lmeff.compress.base import State
 from lmeff.compress.calibrate import calibrate
+from lmeff.compress.config import Quantize
 from lmeff.compress.importance import scores
 from lmeff.compress.shrink import ShrinkConfig, describe, plan, shrink
 from lmeff.config import Experiment, Stage
@@ -27,7 +28,7 @@ from lmeff.recipe.artifact import Artifact, Recipe
 from lmeff.recipe.log import opener
 from lmeff.recipe.measure import held_out
 from lmeff.recipe.runtime import make_runtime
-from lmeff.recipe.sources import load_numbers
+from lmeff.recipe.sources import load_numbers, load_packed
 from lmeff.train.evaluate import make_eval_step
 from lmeff.train.loop import Cost, Job, train
 from lmeff.train.metrics import Row, read_metrics
@@ -99,8 +100,10 @@ class Start(NamedTuple):
 def run_stage(shop: Workshop, stage: Stage, earlier: Artifacts, progress: Progress) -> Artifact:
     """Makes the artifact of a stage: starting weights, structure, compression, calibration, training, packing."""
     began = time.perf_counter()
-    start = starting_point(shop, stage, earlier)
     steps = shop.experiment.steps(stage)
+    if packs_at_once(stage, steps):
+        return _packed(shop, stage, began)
+    start = starting_point(shop, stage, earlier)
     if steps == 0:
         params, state = start.params, _state(start)
         cost = Cost(time.perf_counter() - began, 0.0, 0)
@@ -117,6 +120,32 @@ def run_stage(shop: Workshop, stage: Stage, earlier: Artifacts, progress: Progre
         details=details | {"curve": _curve(shop.stage_dir(stage)), "note": start.note},
     )
     return artifact.export() if stage.export else artifact
+
+
+def packs_at_once(stage: Stage, steps: int) -> bool:
+    """Whether a stage does nothing but pack the weights that it loads: each can then be packed before the next one is read."""
+    plain = stage.shrink is None and stage.activations is None and steps == 0
+    return plain and stage.export and stage.load is not None and [type(t) for t in stage.compress] == [Quantize]
+
+
+def _packed(shop: Workshop, stage: Stage, began: float) -> Artifact:
+    path = Path(str(stage.load))
+    (transform,) = stage.compress
+    assert isinstance(transform, Quantize)
+    cfg, params = load_packed(path, shop.layout, shop.policy.params, transform)
+    seconds = time.perf_counter() - began
+    return Artifact(
+        name=stage.name,
+        cfg=cfg,
+        recipe=dataclasses.replace(recipe_of(stage, cfg, {}), packed=True),
+        params=params,
+        state=State({}, {}),
+        details={"seconds": seconds, "compile_seconds": 0.0, "tokens": 0, "curve": [], "note": _loaded_from(path)},
+    )
+
+
+def _loaded_from(path: Path) -> str:
+    return f"loaded from {path} ({describe_source(path).words})"
 
 
 def continues(stage: Stage) -> bool:
@@ -161,7 +190,7 @@ def _seen(shop: Workshop, stage: Stage, earlier: Artifacts) -> tuple[ModelConfig
     """The weights of a stage's start as its forward pass saw them, or those that are loaded; and where from, in words."""
     if stage.load is not None:
         cfg, params = load_numbers(Path(stage.load), shop.layout, shop.policy.params)
-        return cfg, params, [f"loaded from {stage.load} ({describe_source(Path(stage.load)).words})"]
+        return cfg, params, [_loaded_from(Path(stage.load))]
     assert stage.start is not None
     origin = earlier[stage.start]
     return origin.cfg, materialize(origin.effective()), []
@@ -226,9 +255,8 @@ def _trained(
         policy=shop.policy,
         layout=shop.layout,
     )
-    state = create_state(
-        start.params, rt.specs, rt.compression, rt.tx, shop.layout, ema=rt.ema is not None, offload=rt.offload
-    )
+    options = {"ema": rt.ema is not None, "offload": rt.offload, "donate": stage.start is None}
+    state = create_state(start.params, rt.specs, rt.compression, rt.tx, shop.layout, **options)
     if start.state is not None:
         state = with_compression(state, start.state)
     state = begin(rt, state)

@@ -40,7 +40,7 @@ def flops(plan: Json) -> list[tuple[str, float, str]]:
 
 def categories(memory: Json) -> dict[str, int]:
     """Bytes on a device by category, what stays first."""
-    return {**memory["state"], **memory["temporaries"]}
+    return {**memory["state"], **memory["held"], **memory["temporaries"]}
 
 
 def all_categories(memories: Sequence[Json]) -> list[str]:

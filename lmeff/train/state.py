@@ -121,8 +121,12 @@ def create_state(
     *,
     ema: bool,
     offload: bool = False,
+    donate: bool = False,
 ) -> TrainState:
-    """A state around `params` (host or device arrays), every leaf born with its sharding."""
+    """A state around `params` (host or device arrays), every leaf born with its sharding.
+
+    donate: whether `params` become the state's own; they are not to be used again.
+    """
     if offload:
         refuse_without_host_memory(layout, "optim.offload: got True")
 
@@ -130,5 +134,5 @@ def create_state(
         return build_state(params, specs, compression, tx, ema=ema)
 
     out = state_shardings(jax.eval_shape(build, params), specs, layout, offload=offload)
-    placed = jax.device_put(params, shardings(params, specs, layout))
-    return jax.jit(build, out_shardings=out)(placed)
+    placed = jax.device_put(params, shardings(params, specs, layout), donate=donate)
+    return jax.jit(build, out_shardings=out, donate_argnums=0 if donate else ())(placed)
