@@ -96,7 +96,6 @@ def test_the_run_moves_from_mesh_to_mesh(tmp_path):
     apart, first = np.abs(got / want - 1), stops[0]
 
     np.testing.assert_array_equal(got[:first], want[:first])  # the same mesh
-    assert apart[first] <= 1e-6  # the same parameters and the same batch on another mesh
     assert apart.max() <= 1e-6
     (report,) = (tmp_path / "runs/moving").glob("report*.json")
     assert report.stat().st_size
