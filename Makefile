@@ -16,7 +16,7 @@ test: $(VENV)/test.installed  ## Everything but the tests marked slow.
 	$(PYTEST) -m "not slow"
 
 test-slow: $(SLOW)/slow.installed  ## What `make test` leaves out; in an environment that can also compile for TPUs.
-	$(subst $(BIN),$(SLOW)/bin,$(PYTEST)) --dist worksteal -m "slow or tpu_aot"
+	$(subst $(BIN),$(SLOW)/bin,$(PYTEST)) --dist worksteal -m "(slow or tpu_aot) and not gallery"
 
 lint: $(VENV)/lint.installed $(VENV)/test.installed  ## Style, types, which module may import which, and the launch scripts.
 	$(BIN)/ruff check .

@@ -17,7 +17,8 @@ lmeff plan configs/llama3_8b_from_70b.py --topology v5e:4x4 --mesh.fsdp 16 --tra
 tpu_scripts/launch.sh --type v5litepod-16 --runs /mnt/runs configs/llama3_8b_from_70b.py -- \
     --mesh.fsdp 16 --train.batch 16 --train.remat full --data.sequence 2048
 
-The steps are the same everywhere, so the tokens are not: 2.1 billion, 0.26 billion and 66 million. MFU counts the student's FLOPs alone, HFU the teacher's, too.
+The steps are the same everywhere, so the tokens are not: 2.1 billion, 0.26 billion and 66 million. MFU counts the student's FLOPs
+alone, HFU the teacher's, too.
 
 In float32 the teacher alone would take 16.4 GiB of each of 16 chips, in bfloat16 8.2: beside the student's state and the step neither fits a v5e with its
 15.75 GiB, and int8 does (4.1 GiB). It is packed while it is read, one parameter at a time, so that no chip ever holds it whole in float32.
@@ -25,7 +26,8 @@ In float32 the teacher alone would take 16.4 GiB of each of 16 chips, in bfloat1
 Nothing of this has been measured on a TPU: the numbers are the plan's, tokens a second with the range in which they may lie.
 
 To expect: less than the teacher's size suggests. Peng et al. 2024 (https://arxiv.org/abs/2410.16215) found that learning from logits in pre-training helps
-larger students more, and that a larger teacher is not always a better one. The control is llama3_8b_continued.py with the same steps: the same text without a teacher.
+larger students more, and that a larger teacher is not always a better one. The control is llama3_8b_continued.py with the same steps: the
+same text without a teacher.
 
 Yours to provide: text. `corpus/` is a folder of JSON lines with a field "text", on a file system that every host sees; `--data.path` names another.
 `models/llama3-8b` and `models/llama3-70b` are the folders of Hugging Face's meta-llama/Meta-Llama-3-8B and meta-llama/Meta-Llama-3-70B (config.json,

@@ -44,6 +44,7 @@ WRONG = {
     "budget of all time": (["--budget-ms", "inf"], 2, ["--budget-ms", "inf", "above 0"]),
     "tokens without end": (["--tokens", "1e400"], 2, ["--tokens", "'1e400'"]),
     "tokens of no unit": (["--tokens", "15 trillion"], 2, ["--tokens", "'15 trillion'", "15T"]),
+    "no layers": (["--layers", "0"], 2, ["--layers", "got 0", "at least 1"]),
     "tokens below one": (["--tokens", "0"], 2, ["--tokens", "'0'"]),
     "unknown option": (["--serv"], 2, ["--serv"]),
     "unknown setting": (["--mesh.tensr", "2"], 2, ["--mesh.tensor"]),
@@ -110,6 +111,16 @@ def test_one_stage_alone_for_other_tokens():
     longer = lmeff_json("plan", QUICKSTART, "--chip", "v5e", "--stage", "student", "--tokens", "1M")
     assert longer["job"]["steps"] == -(-1_000_000 // (16 * 128))
     assert longer["energy_kwh"] / whole["energy_kwh"] == pytest.approx(longer["job"]["steps"] / 250)
+
+
+def test_every_model_of_a_recipe_is_cut_to_its_first_layers():
+    whole = lmeff_json("plan", QUICKSTART, "--chip", "v5e")["stages"]
+    short = lmeff_json("plan", QUICKSTART, "--chip", "v5e", "--layers", 1)["stages"]
+    for before, after in zip(whole, short, strict=True):
+        assert {leaf["shape"][0] for leaf in after["leaves"] if leaf["letters"].startswith("L")} == {1}
+        assert after["bytes_per_device"]["total"] < before["bytes_per_device"]["total"]
+    teacher, student = ({stage["stage"]: stage for stage in stages}["student"] for stages in (whole, short))
+    assert student["flops_per_step"]["teacher"] < 0.5 * teacher["flops_per_step"]["teacher"]
 
 
 def test_what_does_not_fit_has_its_exit_code_and_its_numbers():
