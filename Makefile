@@ -23,7 +23,7 @@ lint: $(VENV)/lint.installed $(VENV)/test.installed  ## Style, types, which modu
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
-	$(BIN)/shellcheck -x tpu_scripts/*.sh
+	$(BIN)/shellcheck -x tpu_scripts/*.sh tests/tpu_scripts/*.sh tests/tpu_scripts/fakes/*
 
 format: $(VENV)/lint.installed
 	$(BIN)/ruff check --fix .

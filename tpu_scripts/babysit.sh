@@ -6,13 +6,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 help() {
   cat <<'END'
 babysit.sh --name NAME --project PROJECT --zone ZONE --type TYPE --wheel FILE.whl --runs /mnt/runs [options of create, wait, setup and launch]
-           [--preemptions 20] [--failures 3] [--backoff 30] [--poll 60] [--delete] [--job JOB] CONFIG [-- SETTINGS...]
+           [--preemptions 20] [--failures 3] [--backoff 30] [--poll 60] [--delete] [--job JOB] [--settings FILE] [--dry-run] CONFIG [-- SETTINGS...]
 
-  taken away, or exit code 42 of any worker (told to stop, and saved)   machines again where they are gone, and the same command: it goes on
-                                                          where it saved; --preemptions times at most, --backoff seconds apart
-  exit codes 2 to 6 (usage, config, data, checkpoint, does not fit)   stops at once: again would be the same
-  any other exit code, or a refusal by the cloud          again, --failures times at most, after --backoff seconds, twice as long each time
-  done                                                    exit code 0
+  machines taken away, or exit code 42 of any worker    the same command again, on new machines where they are gone: it goes on where it saved;
+  (told to stop, and saved)                             --preemptions times at most, --backoff seconds apart
+  exit codes 2 to 6 (usage, config, data, checkpoint,   stops at once: again would be the same
+  does not fit)
+  any other exit code, or a refusal by the cloud        again, --failures times at most, after --backoff seconds, twice as long each time
+  done                                                  exit code 0
 --runs must outlive the machines, so it is needed here.
 At the end no job runs, and a request that only waits is taken back. Machines that are ACTIVE stay, and are billed until delete.sh, unless --delete
 is given. Ctrl-C ends the watch and not the job: --job JOB goes on watching one that runs. Without a terminal that stays, run this in tmux.
@@ -184,7 +185,10 @@ finish() { # CODE WHY: nothing is left that was not asked for
   case $STATE in
     GONE) ;;
     UNREAD) say "${SET[name]}: cannot be looked up, may be ACTIVE and billed: delete.sh" ;;
-    ACTIVE) [[ -v SET[delete] ]] || say "${SET[name]}: is still ACTIVE and billed: delete.sh --name ${SET[name]} --project ${SET[project]} --zone ${SET[zone]}" ;;
+    ACTIVE)
+      [[ -v SET[delete] ]] ||
+        say "${SET[name]}: is still ACTIVE and billed: delete.sh --name ${SET[name]} --project ${SET[project]} --zone ${SET[zone]}"
+      ;;
   esac
   if [[ $STATE != GONE ]] && { [[ -v SET[delete] ]] || [[ $STATE != ACTIVE && $STATE != UNREAD ]]; }; then
     step delete.sh

@@ -77,7 +77,8 @@ refusals() { # what workers could not do
 prepare() { # the folder and remote.sh on every worker
   on all all "mkdir -p $FAR"
   perform "${REACH[@]}"
-  dry || ((CODE == 0)) || die "$LOST" "${SET[name]}: not every worker was reached: $(reason). Several at once need the key in an agent: ssh-add ~/.ssh/google_compute_engine"
+  dry || ((CODE == 0)) ||
+    die "$LOST" "${SET[name]}: not every worker was reached: $(reason). Several at once need the key in an agent: ssh-add ~/.ssh/google_compute_engine"
   send "$HERE/remote.sh" "$HERE/profiled.py"
 }
 

@@ -8,7 +8,7 @@ help() {
 fetch.sh --name NAME --project PROJECT --zone ZONE --runs /mnt/runs --run RUN [--out fetched] [--checkpoints] [--node 0] [--worker 0]
          [--internal-ips] [--settings FILE] [--dry-run]
 
-Brings RUNS/RUN from one worker to OUT/RUN: report*, metrics.jsonl, config.json. --checkpoints brings all of the run, which may be very large:
+Brings RUNS/RUN from one worker to OUT/RUN: report*, metrics.jsonl, config.json, profile/. --checkpoints brings all of the run, which may be very large:
 a bucket is the better way for that. RUNS is what launch.sh was told by --runs.
 END
 }

@@ -31,7 +31,7 @@ def trace(folder: Path, seconds: float) -> str:
         jax.profiler.start_trace(str(folder))
         time.sleep(seconds)
         jax.profiler.stop_trace()
-    except Exception as error:  # noqa: BLE001 -- whatever it is, who waits must be told and lmeff must go on
+    except Exception as error:  # whatever it is, who waits must be told, and lmeff must go on
         return " ".join(str(error).split()) or type(error).__name__
     return ""
 

@@ -112,10 +112,11 @@ notice() {
   kill -TERM "$(<"$LMEFF_JOB/lmeff.pid")"
 }
 
-alive() { # JOB: what has ended and was not yet waited for is not alive
-  local stat
+alive() { # JOB: by its command, since a number may be another's after the machine began anew; what has ended and was not waited for has none
+  local pid
   [[ -s jobs/$1/pid && ! -e jobs/$1/exit_code ]] || return 1
-  stat=$(cat "/proc/$(<"jobs/$1/pid")/stat" 2>/dev/null) && [[ ${stat##*) } != Z* ]]
+  pid=$(<"jobs/$1/pid")
+  [[ -r /proc/$pid/cmdline && $(tr '\0' ' ' <"/proc/$pid/cmdline") == *"/remote.sh hold $1 "* ]]
 }
 
 status() { # JOB
@@ -199,7 +200,8 @@ pack() { # FOLDER KIND: of a run: "results" or "all"
   if [[ $2 == all ]]; then
     tar -czf fetched.tar.gz -C "$1" .
   else
-    (cd "$1" && find . -name checkpoints -prune -o -type f \( -name 'report*' -o -name metrics.jsonl -o -name config.json -o -name done.json -o -path './profile/*' \) -print0) |
+    local wanted=(-name 'report*' -o -name metrics.jsonl -o -name config.json -o -name done.json -o -path './profile/*')
+    (cd "$1" && find . -name checkpoints -prune -o -type f \( "${wanted[@]}" \) -print0) |
       tar -czf fetched.tar.gz -C "$1" --null -T -
   fi
   answer "packed $(du -h fetched.tar.gz | cut -f1)"

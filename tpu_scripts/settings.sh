@@ -123,7 +123,8 @@ parse() {
     fi
   done
   for name in $required; do
-    [[ -v SET[$name] ]] || die "$USAGE" "--$name: is missing, expected ${EXPECTED[$name]-a value}; a flag, a line of --settings or $(variable_of "$name") says it"
+    [[ -v SET[$name] ]] ||
+      die "$USAGE" "--$name: is missing, expected ${EXPECTED[$name]-a value}; a flag, a line of --settings or $(variable_of "$name") says it"
   done
   for word in "${ARGUMENTS[@]}"; do
     matches "$word" "$ARGUMENT_PATTERN" || die "$USAGE" "$(printf %q "$word") behind --: expected letters, digits and ._=,:/@%+^- only"
@@ -180,7 +181,8 @@ share() {
 config_of() { # checks the one positional word, a config: CONFIG
   ((${#POSITIONAL[@]} == 1)) || die "$USAGE" "got ${#POSITIONAL[@]} configs, expected one, such as configs/quickstart.py"
   CONFIG=${POSITIONAL[0]}
-  matches "$CONFIG" "$CONFIG_PATTERN" || die "$USAGE" "config: got $(printf %q "$CONFIG"), expected a .py file by its path from the top of the repository, of letters, digits and ._+-"
+  matches "$CONFIG" "$CONFIG_PATTERN" ||
+    die "$USAGE" "config: got $(printf %q "$CONFIG"), expected a .py file by its path from the top of the repository"
 }
 
 no_positional() { ((${#POSITIONAL[@]} == 0)) || die "$USAGE" "$(printf %q "${POSITIONAL[0]}"): is no option here; see $SCRIPT --help"; }

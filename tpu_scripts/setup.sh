@@ -25,7 +25,8 @@ for file in "$wheel" "$constraints"; do
   [[ -r $file ]] || die "$USAGE" "$file: cannot be read, expected a file"
 done
 for package in jax jaxlib libtpu; do
-  grep -qE "^$package==[0-9]" "$constraints" || die "$USAGE" "$constraints: pins no $package, expected a line $package==VERSION; else workers may get different ones"
+  grep -qE "^$package==[0-9]" "$constraints" ||
+    die "$USAGE" "$constraints: pins no $package, expected a line $package==VERSION; else workers may get different ones"
 done
 cp "$constraints" "$TEMPORARY/constraints.txt"
 copy=$TEMPORARY/constraints.txt

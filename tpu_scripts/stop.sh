@@ -7,7 +7,8 @@ help() {
   cat <<'END'
 stop.sh --name NAME --project PROJECT --zone ZONE [--slices N] [--grace 120] [--internal-ips] [--settings FILE] [--dry-run]
 
-Tells lmeff to stop on every worker (SIGTERM: it saves, and exits with 42), and kills what still runs --grace seconds later. The machines stay, and are billed: delete.sh ends them.
+Tells lmeff to stop on every worker (SIGTERM: it saves, and exits with 42),
+and kills what still runs --grace seconds later. The machines stay, and are billed: delete.sh ends them.
 END
 }
 

@@ -29,7 +29,9 @@ while true; do
     ACTIVE) exit 0 ;;
     CREATING | ACCEPTED | WAITING_FOR_RESOURCES | PROVISIONING) ;;
     FAILED) die "$REFUSED" "${SET[name]}: FAILED: ${WHY:-the cloud gives no reason}. It costs nothing; delete.sh takes it away." ;;
-    SUSPENDING | SUSPENDED | DELETING) die "$SUSPENDED" "${SET[name]}: $STATE by ${BY:-an unnamed side}${WHY:+: $WHY}. It does not come back; delete.sh, then create.sh, or babysit.sh for both." ;;
+    SUSPENDING | SUSPENDED | DELETING) 
+      die "$SUSPENDED" "${SET[name]}: $STATE by ${BY:-an unnamed side}${WHY:+: $WHY}. It does not come back; delete.sh, then create.sh, or babysit.sh for both."
+      ;;
     GONE) die "$GONE" "${SET[name]}: there is none in ${SET[zone]}; create.sh makes one" ;;
     UNREAD)
       unread=$((unread + 1))
@@ -38,7 +40,8 @@ while true; do
       ;;
     *) say "${SET[name]}: a state that these scripts do not know; waiting goes on" ;;
   esac
-  ((waited + SET[poll] <= SET[timeout])) || die "$LATE" "${SET[name]}: still $STATE after $waited s; the request goes on waiting and may become ACTIVE, and billed, later: delete.sh ends it"
+  ((waited + SET[poll] <= SET[timeout])) ||
+    die "$LATE" "${SET[name]}: still $STATE after $waited s; the request goes on waiting and may become ACTIVE, and billed, later: delete.sh ends it"
   sleep "${SET[poll]}"
   waited=$((waited + SET[poll]))
 done

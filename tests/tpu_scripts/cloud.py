@@ -23,7 +23,7 @@ WHEEL = ("--wheel", "dist/lmeff-0.1.0-py3-none-any.whl")
 RUNS = ("--runs", "@RUNS@")
 CONFIG = "configs/mine.py"
 GKE = ("--name", "job-1", "--image", "us-docker.pkg.dev/my-project/lmeff/train:0.1")
-JOBSET = ("jobset", *GKE, "--topology", "v5p:4x4x4:2", "--claim", "runs", CONFIG)
+JOBSET = ("jobset", *GKE, "--topology", "v5p:2x4x4:2", "--claim", "runs", CONFIG)
 XPK = ("xpk", *GKE, *PLACE[2:], "--cluster", "tpus", *TYPE, CONFIG)
 ARGUMENTS = {
     "create": (*PLACE, *TYPE),
@@ -46,7 +46,7 @@ GIT = {
 }
 
 
-def wait_until(true, seconds=20):
+def wait_until(true, seconds=60):
     """Waits until a function says so."""
     until = time.monotonic() + seconds
     while not true():
@@ -89,7 +89,7 @@ class Cloud:
     def run(self, *command, code=0, **environment):
         """What a command says on stdout and stderr, called at the top of the repository; @RUNS@ is a folder that all workers see."""
         with self.begun(*command, **environment) as begun:
-            stdout, stderr = begun.communicate(timeout=60)
+            stdout, stderr = begun.communicate(timeout=180)
         assert begun.returncode == code, f"{command}: exit code {begun.returncode}\n{stdout}\n{stderr}"
         return stdout, stderr
 

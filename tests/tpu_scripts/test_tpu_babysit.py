@@ -214,7 +214,14 @@ HISTORIES = {
 }
 
 
-@pytest.mark.parametrize("name", HISTORIES)
+SLOW = (
+    *("crashed for good", "crashed twice", "exit 42 for ever", "one worker behind for good"),
+    *("ssh lost for all of a launch", "workers that fall silent"),
+)
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in HISTORIES]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_babysit_lives_through(cloud, name):
     history = HISTORIES[name]
     cloud.script(**history.cloud)

@@ -70,7 +70,9 @@ def test_a_shutdown_that_signals_every_process_lets_lmeff_save(launched):
 def test_a_notice_tells_lmeff_to_stop(launched, notice):
     launch(launched)
     key, value = notice.split()
-    wait_until(lambda: all((launched.fake / f"told.0-w-0.{name}").exists() for name in ("preempted", "maintenance-event")))
+    wait_until(
+        lambda: all((launched.fake / f"told.0-w-0.{name}").exists() for name in ("preempted", "maintenance-event"))
+    )
     launched.script(notices=[f"{notice} 0-w-0 0"])
     assert code_of(launched, "0-w-0") == "42\n"
     assert f"notice: {key} is {value}: lmeff is told to stop" in launched("logs", *PLACE)[0]
@@ -79,7 +81,9 @@ def test_a_notice_tells_lmeff_to_stop(launched, notice):
         ["-sf", "--max-time", "900", "-H", "Metadata-Flavor: Google", f"{METADATA}/{key}{query}"]
         for query in ("", "?wait_for_change=true&timeout_sec=600")
     ]
-    wait_until(lambda: len(launched.running()) == 1)  # the other worker has no notice; lmeff agrees with its peers by itself
+    wait_until(
+        lambda: len(launched.running()) == 1
+    )  # the other worker has no notice; lmeff agrees with its peers by itself
 
 
 def test_a_notice_that_was_there_before_is_heard(launched):
@@ -107,6 +111,20 @@ def test_a_machine_without_a_metadata_server_is_asked_again_later(launched):
     launch(launched)
     wait_until(lambda: 60 in launched.sleeps())
     assert len(launched.running()) == 2
+
+
+def test_a_number_that_is_another_process_s_is_no_job(cloud):
+    """As after a restart of the machine: the job's file is there, and its number is someone else's."""
+    cloud.active()
+    cloud.script(codes="hang")
+    launch(cloud)
+    for worker in ("0-w-0", "0-w-1"):
+        os.killpg(int((cloud.job(worker) / "pid").read_text()), signal.SIGKILL)
+        (cloud.job(worker) / "pid").write_text(f"{os.getpid()}\n")
+    cloud("launch", "--job", "b", *ARGUMENTS["launch"])  # nothing runs there that would refuse it
+    cloud("stop", *PLACE)
+    (cloud.job("0-w-0") / "pid").unlink()
+    (cloud.job("0-w-1") / "pid").unlink()
 
 
 def test_a_profile_is_asked_for_by_a_file_and_brought_here(cloud):

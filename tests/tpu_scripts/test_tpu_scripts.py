@@ -1,17 +1,12 @@
 """The launch scripts against a cloud of folders."""
 
 import hashlib
-import os
-import re
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.tpu_scripts.cloud import ARGUMENTS, CONFIG, GKE, JOBSET, PLACE, ROOT, SCRIPTS, TYPE, WHEEL, XPK
+from tests.tpu_scripts.cloud import ARGUMENTS, CONFIG, PLACE, SCRIPTS, TYPE, WHEEL
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -278,7 +273,13 @@ def test_logs_and_fetch(cloud):
     cloud("launch", *ARGUMENTS["launch"])
     cloud.ended()
     run = cloud.runs / "mine"
-    for file in ("report.json", "config.json", "teacher/metrics.jsonl", "teacher/checkpoints/9/weights"):
+    for file in (
+        "report.json",
+        "config.json",
+        "teacher/metrics.jsonl",
+        "profile/teacher/x.pb",
+        "teacher/checkpoints/9/weights",
+    ):
         (run / file).parent.mkdir(parents=True, exist_ok=True)
         (run / file).write_text(file)
     assert "lmeff says: launch 0 ends with 0" in cloud("logs", *PLACE)[0]
@@ -286,9 +287,7 @@ def test_logs_and_fetch(cloud):
     cloud("fetch", *ARGUMENTS["fetch"])
     fetched = cloud.repository / "fetched/mine"
     names = {str(file.relative_to(fetched)) for file in fetched.rglob("*") if file.is_file()}
-    assert names == {"report.json", "config.json", "teacher/metrics.jsonl"}
+    assert names == {"report.json", "config.json", "teacher/metrics.jsonl", "profile/teacher/x.pb"}
     cloud("fetch", *ARGUMENTS["fetch"], "--checkpoints")
     assert (fetched / "teacher/checkpoints/9/weights").read_text() == "teacher/checkpoints/9/weights"
     assert "there is no run" in cloud("fetch", *ARGUMENTS["fetch"][:-1], "other", code=25)[1]
-
-

@@ -1,4 +1,5 @@
 # shellcheck shell=bash
+# shellcheck disable=SC2034 # shared with who sources it
 # One line of JSON for a call, in $FAKE/log.jsonl.
 record() {
   local word line=''
