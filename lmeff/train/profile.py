@@ -90,6 +90,8 @@ class Tracer:
             return
         if step == self._profile.window.first:
             shutil.rmtree(_partial(self._profile.folder), ignore_errors=True)  # of a process that was killed
+            if leads():
+                shutil.rmtree(_place(self._profile), ignore_errors=True)  # with what xprof worked out of it
             jax.profiler.start_trace(
                 _partial(self._profile.folder), create_perfetto_trace=leads(), profiler_options=_options()
             )
@@ -102,10 +104,17 @@ class Tracer:
         if self._profile is None or step != self._profile.window.last:
             return
         jax.block_until_ready(state)
-        self._stop()
-        _publish(self._profile)
+        line = self._finish(self._profile)
         sync("profiled")  # writing takes some processes longer, and collectives wait half a minute
-        self._tell(told(self._profile))
+        self._tell(line)
+
+    def _finish(self, profile: Profile) -> str:
+        try:
+            self._stop()
+            _publish(profile)
+        except Exception as error:  # training is worth more than its trace
+            return f"not profiled: {' '.join(f'{type(error).__name__}: {error}'.split())}"
+        return told(profile)
 
     def _stop(self) -> None:
         self._tracing = False
@@ -139,12 +148,15 @@ def _partial(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.{jax.process_index()}.tmp"
 
 
+def _place(profile: Profile) -> Path:
+    """The folder of the window, which xprof shows as one session."""
+    return profile.folder / "plugins" / "profile" / f"steps_{profile.window.first}_{profile.window.last}"
+
+
 def _publish(profile: Profile) -> None:
-    """Moves what this process traced to the place where it is looked for, over what an earlier run of the window left."""
-    window, folder = profile.window, profile.folder
-    place = folder / "plugins" / "profile" / f"steps_{window.first}_{window.last}"
+    """Moves what this process traced to the place where it is looked for."""
+    folder, place, partial = profile.folder, _place(profile), _partial(profile.folder)
     place.mkdir(parents=True, exist_ok=True)
-    partial = _partial(folder)
     for file in partial.glob("plugins/profile/*/*.xplane.pb"):
         file.replace(place / f"process_{jax.process_index()}.xplane.pb")
     for file in partial.glob(f"plugins/profile/*/{PERFETTO}"):

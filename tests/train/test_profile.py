@@ -10,7 +10,7 @@ import pytest
 
 from lmeff.core.errors import UsageError
 from lmeff.train.loop import train
-from lmeff.train.profile import PERFETTO, Profile, Window, check, parse, skipped
+from lmeff.train.profile import PERFETTO, Profile, Tracer, Window, check, parse, skipped
 from tests.train.tiny_run import STEPS, dying, fingerprint, make_job, make_state, quiet, run
 
 WINDOW = Window(5, 7)
@@ -118,6 +118,51 @@ def test_cut_off_inside_the_window(tmp_path):
     assert int(state.step) == STEPS
     jax.profiler.start_trace(tmp_path / "another")  # no trace is open any more
     jax.profiler.stop_trace()
+
+
+def test_waits_for_the_devices_at_the_end_of_the_window_alone(monkeypatch, tmp_path):
+    calls = []
+
+    def start(folder, **options):
+        calls.append("start")
+        folder.mkdir(parents=True)
+
+    monkeypatch.setattr(jax.profiler, "start_trace", start)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    monkeypatch.setattr(jax, "block_until_ready", lambda state: calls.append(f"wait for {state}"))
+    with Tracer(Profile(WINDOW, tmp_path / "tiny"), lambda line: calls.append("tell"), start=0, steps=9) as tracer:
+        for step in range(1, 10):
+            tracer.begin(step)
+            calls.append(step)
+            tracer.end(step, step)
+    assert calls == [1, 2, 3, 4, "start", 5, 6, 7, "wait for 7", "stop", "tell", 8, 9]
+
+
+def test_a_trace_that_cannot_be_written_is_told_of(monkeypatch, tmp_path):
+    def full():
+        raise OSError(28, "No space\nleft on device")
+
+    lines = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder, **options: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", full)
+    with Tracer(Profile(Window(1, 1), tmp_path / "tiny"), lines.append, start=0, steps=2) as tracer:
+        for step in (1, 2):
+            tracer.begin(step)
+            tracer.end(step, None)
+    assert lines == ["not profiled: OSError: [Errno 28] No space left on device"]
+
+
+def test_traced_again_nothing_of_the_first_trace_is_left(tmp_path):
+    """xprof leaves what it worked out beside a trace, and would show that of the old one."""
+    profile, square = Profile(Window(2, 2), tmp_path / "tiny"), jax.jit(lambda x: x * x)
+    for _ in range(2):
+        with Tracer(profile, lambda line: None, start=0, steps=2) as tracer:
+            for step in (1, 2):
+                tracer.begin(step)
+                tracer.end(step, square(float(step)))
+        (file,) = (profile.folder / "plugins/profile/steps_2_2").iterdir()
+        assert b"lambda" in file.read_bytes()
+        (file.parent / "ALL_HOSTS.op_stats_v2.pb").write_text("old")
 
 
 @pytest.mark.parametrize(

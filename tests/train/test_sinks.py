@@ -212,7 +212,7 @@ def test_tensorboard_holds_the_settings(tmp_path):
     assert sorted(told) == sorted(RESULTS)
 
 
-@pytest.mark.parametrize("at", [3, 8, 11])
+@pytest.mark.parametrize("at", [3, 8], ids=["before a checkpoint", "after one"])
 def test_killed_and_resumed_each_step_is_there_once(tmp_path, at):
     told = []
     job = with_sinks(tmp_path, told, batches=dying(at, killed), log_every=1)
@@ -302,9 +302,9 @@ def wandb_records(file):
             record = b""
 
 
-def wandb_found(directory):
+def wandb_found(directory, stage="tiny"):
     """History as `{key: [(step, value)]}`, and the summary."""
-    (file,) = directory.glob("wandb/offline-run-*/*.wandb")
+    (file,) = directory.glob(f"wandb/offline-run-*-{stage}-*/*.wandb")
     history, summary = {}, {}
     for record in wandb_records(file):
         values = {"/".join(x.nested_key) or x.key: json.loads(x.value_json) for x in record.history.item}
@@ -315,7 +315,7 @@ def wandb_found(directory):
 
 
 def test_wandb_offline_has_each_step_once(alone):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     config = LogConfig(sinks=("wandb",), offline=True)
     check(config)
     first = Sinks(config, place(alone), rows(1, 2, 3), pytest.fail)
@@ -325,6 +325,7 @@ def test_wandb_offline_has_each_step_once(alone):
         sinks.write(row)
     sinks.summary(RESULTS)
     sinks.close()
+    wandb.teardown()  # as the end of the process does: its service writes on for a moment
     history, summary = wandb_found(alone)
     assert history["loss"] == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]
     assert [time for _, time in history["_timestamp"]] == [1e9 + step for step in (1, 2, 3, 4)]
@@ -374,10 +375,24 @@ def test_refuses_a_sink_that_is_not_installed(monkeypatch, name, package):
 
 
 class FakeWandB:
-    """As much of wandb as is asked before a run."""
+    """As much of wandb as is asked before a run, and of a run that W&B has so many steps of."""
 
-    def __init__(self, mode, key):
+    def __init__(self, mode, key, steps=0):
         self.mode, self.key, self.asked = mode, key, []
+        self.step, self.summary, self.logged = steps + 1, {}, []
+
+    def Settings(self, **settings):
+        return settings
+
+    def init(self, **options):
+        self.options = options
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.logged.append("finished")
 
     def setup(self):
         return self
@@ -414,6 +429,37 @@ def test_wandb_is_asked_for_a_key_only_where_it_uploads(monkeypatch, mode, offli
     else:
         check(config)
     assert wandb.asked == ([{"prompt": False, "verify": False}] if mode == "online" and not offline else [])
+
+
+def test_wandb_online_goes_on_after_its_last_step(monkeypatch, tmp_path):
+    """A run that was killed at step 3 and goes on after step 2: W&B has step 3, and takes no step twice."""
+    wandb = FakeWandB("online", True, steps=3)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    left = tmp_path / "wandb" / f"offline-run-1-small-tiny-{token(tmp_path)}"
+    left.mkdir(parents=True)
+    sinks = Sinks(LogConfig(sinks=("wandb",), project="ours"), place(tmp_path), rows(1, 2), pytest.fail)
+    for row in rows(3, 4, 5):
+        sinks.write(row)
+    sinks.summary(RESULTS)
+    sinks.close()
+    assert wandb.logged == [
+        (4, {"_timestamp": 1e9 + 4, "loss": 2.0}),
+        (5, {"_timestamp": 1e9 + 5, "loss": 2.5}),
+        "finished",
+    ]
+    assert wandb.summary == RESULTS
+    told = {name: wandb.options[name] for name in ("project", "group", "name", "id", "resume", "mode", "dir", "config")}
+    assert told == {
+        "project": "ours",
+        "group": "small",
+        "name": "small/tiny",
+        "id": f"small-tiny-{token(tmp_path)}",
+        "resume": "allow",
+        "mode": "online",
+        "dir": str(tmp_path),
+        "config": CONFIG,
+    }
+    assert left.exists()  # what was not uploaded yet is not for an uploading run to delete
 
 
 def test_refuses_a_trackio_elsewhere(monkeypatch):
