@@ -15,9 +15,11 @@ from lmeff.config.files import to_json
 from lmeff.config.overrides import resolve
 from lmeff.config.schema import flat_values
 from lmeff.config.validate import validate
+from lmeff.core.errors import UsageError
 from lmeff.core.files import write_asked
 from lmeff.core.precision import parse
-from lmeff.doctor.examine import Case, examine
+from lmeff.doctor.examine import examine
+from lmeff.doctor.table import Case
 from lmeff.launch import Machine, simulate_devices
 from lmeff.models.config import ModelConfig
 from lmeff.parallel.drawing import print_schedule
@@ -95,13 +97,15 @@ class Doctor:
     and optimizer; settings are overridden as in `lmeff run`. With --distributed or --processes all processes report, and are compared.
 
     Attributes:
-        config: a Python file whose experiment() returns the config; None checks the machine alone.
+        config: a Python file whose experiment() returns the config; without one the machine alone is checked.
         runs: the folder of all runs; None takes the config's, or ./runs.
         machine: what it runs on.
         json: print one JSON object on stdout and the lines on stderr.
     """
 
-    config: tyro.conf.Positional[Path | None] = None
+    config: tyro.conf.Positional[
+        tuple[Path, ...]
+    ] = ()  # tyro takes unknown options for a single one that may be left out
     runs: str | None = None
     machine: tyro.conf.OmitArgPrefixes[Machine] = Machine()  # noqa: RUF009 -- frozen
     json: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -152,11 +156,13 @@ def show_schedule(command: ShowSchedule, overrides: Sequence[str], console: Cons
 def examine_machine(command: Doctor, overrides: Sequence[str], console: Console) -> Json:
     """`lmeff doctor`."""
     chosen = command.machine.devices is not None
-    if command.config is None:
+    if len(command.config) > 1:
+        raise UsageError(f"lmeff doctor: got {len(command.config)} configs, expected one or none")
+    if not command.config:
         refuse_unknown(overrides, "doctor")
         runs = Path(command.runs or Experiment(name="none").runs)
         return examine(Case(runs, runs, chosen=chosen), console)
-    experiment, _ = resolve(command.config, overrides, prog="lmeff doctor")
+    experiment, _ = resolve(command.config[0], overrides, prog="lmeff doctor")
     if command.runs is not None:
         experiment = dataclasses.replace(experiment, runs=command.runs)
     return examine(Case(Path(experiment.run_dir), Path(experiment.runs), experiment, chosen), console)

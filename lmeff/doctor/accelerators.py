@@ -90,7 +90,10 @@ def in_use(there: Mapping[str, int], found: Mapping[str, Mapping[int, str]]) -> 
     pids = " ".join(str(pid) for kind in used.values() for pid in kind)
     level = "FAIL" if "TPU" in used else "look"
     return Check(
-        "accelerators", level, f"{told}, {' and '.join(used)} in use by {names}", f"wait for it, or kill {pids}"
+        "accelerators",
+        level,
+        f"{told}, {' and '.join(used)} in use by {names}",
+        f"wait for it; if it is yours: kill {pids}",
     )
 
 
@@ -106,12 +109,10 @@ def tpu_lock(there: Mapping[str, int], variables: Mapping[str, str], root: Path 
         told = f"{file} is held by {by}"
         if variables.get("ALLOW_MULTIPLE_LIBTPU_LOAD", "0") not in ("0", "false", ""):
             return Check("TPU lock", "ok", f"{told}; ALLOW_MULTIPLE_LIBTPU_LOAD passes over it")
-        return Check(
-            "TPU lock",
-            "FAIL" if there.get("TPU") else "look",
-            told,
-            f"wait for it, or kill {max(pid, 0) or 'it there'}",
-        )
+        if not there.get("TPU"):
+            return Check("TPU lock", "ok", f"{told}, which matters where there is a TPU")
+        remedy = f"wait for it; if it is yours: kill {pid}" if pid > 0 else "wait for it, or end it there"
+        return Check("TPU lock", "FAIL", told, remedy)
     if not there.get("TPU"):
         return Check("TPU lock", "ok", f"{file} is left over, which matters where there is a TPU")
     remedy = f"sudo rm -f {file}"

@@ -1,33 +1,25 @@
-"""The table of checks, and an examination: each is made, none can end it, and several processes compare what they found."""
+"""An examination: every check is made, none can end it, and several processes compare what they found."""
 
-import importlib.metadata
+import contextlib
 import json
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
-from lmeff.config import Experiment
 from lmeff.config.files import to_json
-from lmeff.config.loads import loads
-from lmeff.config.validate import shape_of, validate
 from lmeff.core.errors import UserError
-from lmeff.doctor import accelerators, environment, folder, hosts, packages, space, step
-from lmeff.doctor import devices as on_devices
+from lmeff.doctor import folder, hosts, packages
 from lmeff.doctor.check import Check, crashed
-from lmeff.models.config import ModelConfig
-from lmeff.parallel.processes import joined, leads, refuse_unjoined
+from lmeff.doctor.table import CHECKS, Case, Row
+from lmeff.parallel.processes import joined, leads
 
 LONG = 20.0  # seconds after which to say what is waited for
 MARKS = {"ok": "[green]ok  [/green]", "look": "[yellow]look[/yellow]", "FAIL": "[red]FAIL[/red]"}
-DEFAULT = Experiment(name="doctor")
 
 
 class Unwell(UserError):
@@ -41,40 +33,17 @@ class Unwell(UserError):
         self.answer = answer
 
 
-class Case(NamedTuple):
-    """What is examined.
-
-    directory: the run's folder, `runs` itself where no config says which. experiment: None without a config. chosen: the CPU was asked for.
-    root:      of the file system, /proc, /dev and /sys. began: `time.time()` and `time.monotonic()` at the start.
-    """
-
-    directory: Path
-    runs: Path
-    experiment: Experiment | None = None
-    chosen: bool = False
-    root: Path = Path("/")
-    variables: Mapping[str, str] = os.environ
-    began: tuple[float, float] = (0.0, 0.0)
-
-
-class Row(NamedTuple):
-    """A check by name. devices: it can be made only where JAX finds devices."""
-
-    name: str
-    check: Callable[[Case], Check]
-    devices: bool = False
-
-
 def examine(case: Case, console: Console) -> dict[str, Any]:
     """Makes every check and prints it as it is made; of several processes the first prints for all. Raises `Unwell` where one failed."""
     case, alone = case._replace(began=(time.time(), time.monotonic())), not joined()
     if not alone:
         console.print(f"{jax.process_count()} processes examine themselves", highlight=False)
-    with _folder(case):
+    missing: list[Check] = []
+    with _folder(case, missing):
         checks = list(_made(case, console if alone else None))
-        reports = [] if alone else _exchanged(case, checks)
+        reports = [] if alone or missing else _exchanged(case, checks)
     if not alone:
-        checks = _together(case, checks, reports)
+        checks = missing + _together(case, checks, reports)
         for check in checks:
             show(check, console)
     failed = [check.name for check in checks if check.level == "FAIL"]
@@ -86,18 +55,22 @@ def examine(case: Case, console: Console) -> dict[str, Any]:
     return answer
 
 
-@contextmanager
-def _folder(case: Case) -> Iterator[None]:
-    """The run folder is there meanwhile; of several processes the first makes it and clears it away."""
-    if not leads():
-        hosts.wait("folder made")
+@contextlib.contextmanager
+def _folder(case: Case, missing: list[Check]) -> Iterator[None]:
+    """The run folder is there meanwhile; of several processes the first makes it and clears it away. missing: takes up that one does not come."""
+    with folder.standing(case.directory) if leads() else contextlib.nullcontext():
+        missing += _meeting("folder made")
         yield
-        hosts.wait("all done")
-        return
-    with folder.standing(case.directory):
-        hosts.wait("folder made")
-        yield
-        hosts.wait("all done")
+        missing += _meeting("all done")
+
+
+def _meeting(name: str) -> list[Check]:
+    """Waits for all processes; a finding where one of them does not come."""
+    try:
+        hosts.wait(name)
+    except Exception as error:
+        return [crashed("hosts", error)]
+    return []
 
 
 def _made(case: Case, console: Console | None) -> Iterator[Check]:
@@ -116,7 +89,8 @@ def _made(case: Case, console: Console | None) -> Iterator[Check]:
 
 def attempt(row: Row, case: Case, console: Console | None = None) -> Check:
     """One check. Where it takes long, it is said what is waited for."""
-    told = f"     {row.name}: still waiting; on a pod start the same command on every host, with --distributed"
+    hint = "; on a pod start the same command on every host, with --distributed" if row.name == "devices" else ""
+    told = f"     {row.name}: still waiting{hint}"
     patience = threading.Timer(LONG, lambda: console.print(told, highlight=False) if console is not None else None)
     patience.daemon = True
     patience.start()
@@ -171,130 +145,3 @@ def show(check: Check, console: Console) -> None:
 
 def _plain(text: str) -> str:
     return text.replace("[", r"\[")
-
-
-def _devices(case: Case) -> Check:
-    there = accelerators.hardware(case.root)
-    try:
-        with on_devices.silent(unless=bool(there)):
-            found = jax.devices()
-        refuse_unjoined()
-    except (RuntimeError, UserError) as error:
-        return on_devices.refused(error, case.variables)
-    return on_devices.devices(found, there, case.variables, packages.read_installed(), chosen=case.chosen)
-
-
-def _config(case: Case) -> Check:
-    if case.experiment is None:
-        return Check("config", "ok", "none given: `lmeff doctor CONFIG` checks one, too")
-    count = jax.device_count()
-    try:
-        validate(case.experiment, count, case.directory)
-    except UserError as error:
-        return Check("config", "FAIL", str(error), "change it, or take it to the devices that it is for")
-    parts = [path for part in case.experiment.data.parts for path in part.path]
-    absent = [path for path in parts if "://" not in path and not Path(path).expanduser().exists()]
-    if absent and all(part.source != "hf" for part in case.experiment.data.parts):
-        return Check("config", "FAIL", f"data.path: {', '.join(absent)} is not there", "correct it, or fetch the text")
-    remote = [path for path in parts if "://" in path]
-    unseen = f"; not looked at: {', '.join(remote)}" if remote else ""
-    return Check("config", "ok", f"goes with {count} device{'s' * (count > 1)}{unseen}")
-
-
-def _shapes(case: Case) -> dict[str, ModelConfig] | None:
-    """The models of the config's stages; None without a config, or where it does not hold, which `config` tells."""
-    if case.experiment is None:
-        return None
-    seen: dict[str, ModelConfig] = {}
-    try:
-        loaded = loads(case.experiment, case.directory)
-        for stage in case.experiment.recipe:
-            seen[stage.name] = shape_of(case.experiment, stage, seen, loaded)
-    except (UserError, KeyError):
-        return None
-    return seen
-
-
-def _sizes(case: Case) -> space.Sizes | None:
-    shapes = _shapes(case)
-    return None if shapes is None or case.experiment is None else space.sizes(case.experiment, shapes)
-
-
-def _memory(case: Case) -> Check:
-    sizes = _sizes(case) if _has_devices() and jax.local_devices()[0].platform == "cpu" else None
-    share = 1 if sizes is None or not joined() else jax.process_count()
-    return space.memory(space.read_memory(case.root), None if sizes is None else sizes.state // share)
-
-
-def _disk(case: Case) -> Check:
-    folders = {"runs": case.directory, "temporary": Path(case.variables.get("TMPDIR", "/tmp"))}
-    cache = case.variables.get("JAX_COMPILATION_CACHE_DIR", "")
-    if cache and "://" not in cache:
-        folders["cache"] = Path(cache)
-    sizes = _sizes(case)
-    places = {what: space.read_place(path, case.root) for what, path in folders.items()}
-    return space.disk(places, None if sizes is None else sizes.kept, space.size_of(case.directory) if sizes else 0)
-
-
-def _step(case: Case) -> Check:
-    shapes = _shapes(case)
-    cfg = None if not shapes else next(iter(shapes.values()))
-    return step.train_step(cfg, case.experiment or DEFAULT, jax.local_devices()[0])
-
-
-def _clock(case: Case) -> Check:
-    wall, steady = time.time() - case.began[0], time.monotonic() - case.began[1]
-    return folder.clock(_skew(case.directory), wall - steady, time.time(), _installed_at())
-
-
-def _skew(directory: Path) -> float | None:
-    try:
-        return folder.disk_time(directory)
-    except OSError:
-        return None  # `folder` tells
-
-
-def _installed_at() -> float:
-    """When the newest of the packages that are needed was installed, in seconds since 1970."""
-    files = [importlib.metadata.distribution(name).locate_file("") for name in packages.read_installed()]
-    return max((Path(str(file)).stat().st_mtime for file in files), default=0.0)
-
-
-def _limits(case: Case) -> Check:
-    return environment.limits(environment.open_files(), case.root, tuple(accelerators.hardware(case.root)))
-
-
-def _plugins(case: Case) -> Check:
-    return packages.plugins(packages.read_installed(), tuple(accelerators.hardware(case.root)))
-
-
-def _in_use(case: Case) -> Check:
-    return accelerators.in_use(accelerators.hardware(case.root), accelerators.holders(case.root))
-
-
-def _tpu_lock(case: Case) -> Check:
-    return accelerators.tpu_lock(accelerators.hardware(case.root), case.variables, case.root)
-
-
-# What JAX could hang on or abort at comes after what can be known without it.
-CHECKS = (
-    Row("python", lambda case: packages.python()),
-    Row("packages", lambda case: packages.packages(packages.read_installed())),
-    Row("plugins", _plugins),
-    Row("imports", lambda case: packages.shadowed(packages.origins())),
-    Row("extras", lambda case: packages.extras()),
-    Row("environment", lambda case: environment.environment(case.variables)),
-    Row("limits", _limits),
-    Row("folder", lambda case: folder.writable(case.directory)),
-    Row("run lock", lambda case: folder.lock(case.directory, case.runs, case.root)),
-    Row("accelerators", _in_use),
-    Row("TPU lock", _tpu_lock),
-    Row("devices", _devices),
-    Row("device memory", lambda case: on_devices.device_memory(jax.local_devices()), devices=True),
-    Row("product", lambda case: on_devices.computes(jax.local_devices()), devices=True),
-    Row("memory", _memory),
-    Row("config", _config, devices=True),
-    Row("disk", _disk, devices=True),
-    Row("train step", _step, devices=True),
-    Row("clock", _clock),
-)

@@ -120,7 +120,10 @@ def lock(directory: Path, runs: Path, root: Path = Path("/")) -> Check:
         return Check("run lock", "FAIL", told, "wait for it, end it there, or choose another --name")
     if (root / "proc" / words[1]).exists():
         return Check(
-            "run lock", "FAIL", f"{told}, which runs", f"wait for it, or kill {words[1]}; or choose another --name"
+            "run lock",
+            "FAIL",
+            f"{told}, which runs",
+            f"wait for it, kill {words[1]} if it is yours, or choose another --name",
         )
     told += ", which has ended: something that it started holds the lock"
     return Check("run lock", "FAIL", told, f"end that: lsof {file}")

@@ -27,15 +27,20 @@ ON_MEMORY = ("tmpfs", "ramfs")
 
 
 class Sizes(NamedTuple):
-    """Bytes of a run. state: of the largest stage's training, without gradients and activations. kept: of all checkpoints and artifacts on the disk."""
+    """Bytes of a run.
+
+    state: of the largest stage's training, without gradients and activations. kept: of all checkpoints and artifacts on the disk. offloaded: of the
+    moments that lie in the host's memory, 0 without `optim.offload`.
+    """
 
     state: int
     kept: int
+    offloaded: int = 0
 
 
 def sizes(experiment: Experiment, shapes: Mapping[str, ModelConfig]) -> Sizes:
     """From shapes alone; while a checkpoint is written there is one more than `train.keep`."""
-    policy, largest, kept = parse(experiment.precision), 0, 0
+    policy, largest, kept, offloaded = parse(experiment.precision), 0, 0, 0
     transforms: dict[str, tuple[Transform, ...]] = {}
     for stage in experiment.recipe:
         goes_on = stage.start is not None and stage.shrink is None and not stage.compress
@@ -51,7 +56,8 @@ def sizes(experiment: Experiment, shapes: Mapping[str, ModelConfig]) -> Sizes:
             )
             state = _bytes(fresh)
             largest, kept = max(largest, state), kept + (experiment.train.keep + 1) * state
-    return Sizes(largest, kept)
+            offloaded = max(offloaded, _bytes(fresh.opt) if optim.offload else 0)
+    return Sizes(largest, kept, offloaded)
 
 
 def _bytes(tree: object) -> int:
@@ -97,16 +103,16 @@ def _limit(file: Path) -> int | None:
     return int(found) if found.isdigit() and int(found) < UNLIMITED else None
 
 
-def memory(found: Memory, state: int | None = None) -> Check:
-    """The host's memory. state: bytes of the state of training, where it lies there."""
+def memory(found: Memory, state: int = 0) -> Check:
+    """The host's memory. state: bytes of the state of training that lie there: all of it on CPUs, what is offloaded elsewhere."""
     usable = min(found.total, found.limit or found.total)
     told = f"{gib(usable)}" + (
         f" (the cgroup's limit; the host has {gib(found.total)})" if usable < found.total else ""
     )
     told += f", {gib(found.available)} free" + ("" if found.swap else ", no swap")
     problems = []
-    if state is not None and state > usable:
-        lacks = f"the state of training alone has {gib(state)}, and lies in this memory"
+    if state > usable:
+        lacks = f"the state of training takes {gib(state)} of this memory"
         problems.append(Problem("FAIL", lacks, "`lmeff plan CONFIG` says which devices hold it"))
     if usable < MEMORY:
         problems.append(Problem("look", f"the quickstart wants {gib(MEMORY)}", "lower train.batch"))

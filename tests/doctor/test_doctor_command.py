@@ -13,8 +13,8 @@ from rich.console import Console
 
 from lmeff.cli import main
 from lmeff.config import Experiment, ModelConfig, preset
+from lmeff.doctor import accelerators, hosts, step
 from lmeff.doctor import examine as examination
-from lmeff.doctor import hosts, step
 from lmeff.doctor.check import Check
 from lmeff.launch import launch
 
@@ -33,8 +33,9 @@ def trial():
 
 @pytest.fixture
 def quick(monkeypatch, trial):
-    """Steps that were taken before."""
+    """Steps that were taken before, on a machine without accelerators."""
     monkeypatch.setattr(step, "attempt", lambda *given: trial)
+    monkeypatch.setattr(accelerators, "hardware", lambda root: {})
 
 
 @pytest.fixture
@@ -107,8 +108,17 @@ def test_a_run_that_goes_on_is_named(quick, config, capsys):
     assert (code, "run lock" in err.splitlines()[-1]) == (1, True)
 
 
+def test_text_that_a_run_has_read_before_may_be_gone(quick, config, capsys):
+    Path("runs/one/data").mkdir(parents=True)
+    code, _, err = lmeff(capsys, "doctor", config, "--data.path", "gone.txt")
+    assert code == 0, err
+    assert Path("runs/one/data").exists()
+
+
 def test_unknown_words_are_refused(config, capsys):
-    assert lmeff(capsys, "doctor", "--fix")[0] == 2
+    code, _, err = lmeff(capsys, "doctor", "--fix")
+    assert (code, "unknown arguments ['--fix']" in err) == (2, True)
+    assert lmeff(capsys, "doctor", config, config)[0] == 2
     assert lmeff(capsys, "doctor", config, "--model.widht", "3")[0] == 2
     assert lmeff(capsys, "doctor", "absent.py")[0] == 3
 
@@ -147,6 +157,20 @@ def test_without_devices_what_needs_them_is_passed_over(tmp_path, monkeypatch):
     assert {name for name, check in found.items() if "no devices" in check["found"]} == {
         row.name for row in examination.CHECKS if row.devices
     }
+
+
+def test_a_process_that_does_not_come_is_a_finding(tmp_path, monkeypatch):
+    def late(name):
+        raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
+
+    monkeypatch.setattr(examination, "joined", lambda: True)
+    monkeypatch.setattr(hosts, "wait", late)
+    monkeypatch.setattr(examination, "CHECKS", examination.CHECKS[:2])
+    with pytest.raises(examination.Unwell) as caught:
+        examination.examine(examination.Case(tmp_path, tmp_path), Console(quiet=True))
+    checks = caught.value.answer["checks"]
+    assert [check["name"] for check in checks] == ["hosts", "hosts", "python", "packages"]
+    assert "Barrier timed out" in checks[0]["found"]
 
 
 def test_it_is_said_what_is_waited_for(tmp_path, monkeypatch):

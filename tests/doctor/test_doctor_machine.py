@@ -1,5 +1,6 @@
 """What the doctor says of a machine: environment, memory, disks, the run folder, accelerators. Bad cases are made up, or really there."""
 
+import dataclasses
 import fcntl
 import os
 import resource
@@ -126,10 +127,15 @@ def test_limits_of_a_cgroup_count(tmp_path, cgroup, files, limit):
 @pytest.mark.parametrize(
     ("found", "state", "level", "words"),
     [
-        (space.Memory(64 * GIB, 60 * GIB, 0, None), None, "ok", "64.0 GiB, 60.0 GiB free, no swap"),
-        (space.Memory(64 * GIB, 60 * GIB, GIB, 2 * GIB), None, "look", "the cgroup's limit; the host has 64.0 GiB"),
-        (space.Memory(64 * GIB, GIB, 0, None), None, "look", "only 1.0 GiB are free"),
-        (space.Memory(64 * GIB, 60 * GIB, 0, None), 90 * GIB, "FAIL", "the state of training alone has 90.0 GiB"),
+        (space.Memory(64 * GIB, 60 * GIB, 0, None), 0, "ok", "64.0 GiB, 60.0 GiB free, no swap"),
+        (space.Memory(64 * GIB, 60 * GIB, GIB, 2 * GIB), 0, "look", "the cgroup's limit; the host has 64.0 GiB"),
+        (space.Memory(64 * GIB, GIB, 0, None), 0, "look", "only 1.0 GiB are free"),
+        (
+            space.Memory(64 * GIB, 60 * GIB, 0, None),
+            90 * GIB,
+            "FAIL",
+            "the state of training takes 90.0 GiB of this memory",
+        ),
         (space.Memory(64 * GIB, 60 * GIB, 0, 8 * GIB), 9 * GIB, "FAIL", "9.0 GiB"),
     ],
 )
@@ -152,6 +158,9 @@ def test_bytes_of_a_run_are_counted_by_hand():
     found = space.sizes(experiment, {"a": model, "b": model})
     assert abs(found.state - 12 * params) <= 64  # counters
     assert found.kept == 3 * found.state + 2 * 4 * params
+    assert found.offloaded == 0
+    offloaded = dataclasses.replace(experiment, optim=dataclasses.replace(experiment.optim, offload=True))
+    assert abs(space.sizes(offloaded, {"a": model, "b": model}).offloaded - 8 * params) <= 64
 
 
 def test_a_stage_that_goes_on_keeps_its_starts_state():
@@ -343,7 +352,7 @@ def test_accelerators_as_the_operating_system_shows_them(tmp_path, names, pci, f
 def test_who_has_the_accelerators(tmp_path, target, there, level):
     root = machine(tmp_path, processes=[(41, "python train.py", target), (42, "cat", "/etc/hosts"), (43, "me", target)])
     check = accelerators.in_use({there: 1}, accelerators.holders(root, own=43))
-    assert (check.level, check.remedy) == (level, "wait for it, or kill 41")
+    assert (check.level, check.remedy) == (level, "wait for it; if it is yours: kill 41")
     assert "process 41 (python train.py)" in check.found
     assert "42" not in check.found
 
@@ -365,7 +374,8 @@ def test_a_tpu_lock_that_a_process_holds(tmp_path, tpu_lockfile):
     ) as holder:
         holder.stdout.readline()
         check = accelerators.tpu_lock({"TPU": 4}, {}, tmp_path)
-        assert (check.level, check.remedy) == ("FAIL", f"wait for it, or kill {holder.pid}")
+        assert (check.level, check.remedy) == ("FAIL", f"wait for it; if it is yours: kill {holder.pid}")
+        assert accelerators.tpu_lock({}, {}, tmp_path).ok
         assert accelerators.tpu_lock({"TPU": 4}, {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}, tmp_path).ok
         holder.communicate(b"\n")
     stale = accelerators.tpu_lock({"TPU": 4}, {}, tmp_path)
