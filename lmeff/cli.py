@@ -1,11 +1,14 @@
 """The command line: `lmeff run | train | eval | generate | import | export | bench | plan | report | log | config show | schedule | doctor`.
 
 Logs go to stderr under `--json`, which leaves one JSON object on stdout.
-Exit codes: 0 ok, 2 usage, 3 config, 4 data, 5 checkpoint, 6 does not fit, 1 anything else.
+Exit codes: 0 ok, 2 usage, 3 config, 4 data, 5 checkpoint, 6 does not fit, 42 told to stop (SIGTERM) and nothing lost, 1 anything else.
 """
 
+import functools
 import json
+import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,10 +37,11 @@ from lmeff.commands.transfer import Export, Import, export_one, import_one
 from lmeff.config.files import load_experiment
 from lmeff.config.overrides import override, resolve
 from lmeff.config.validate import validate
-from lmeff.core.errors import DoesNotFit, UserError
+from lmeff.core.errors import DoesNotFit, Preempted, UserError
 from lmeff.doctor.examine import Unwell
 from lmeff.launch import Machine, launch, this_command
 from lmeff.parallel import processes
+from lmeff.parallel.preemption import STOPPED, listen, told
 from lmeff.plan.command import Plan, plan
 
 Json = dict[str, Any]
@@ -73,6 +77,7 @@ Command = (
     | Annotated[ShowSchedule, tyro.conf.subcommand("schedule")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
+_answered = threading.Event()  # why it failed was told
 DESCRIPTION = f"lmeff {__version__}: efficient language models in JAX. Every command has --help and --json."
 
 
@@ -80,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and gives its exit code; where it is one of several processes and fails, the process ends here."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in words
+    _answered.clear()
     try:
         return _main(words, as_json)
     except (DoesNotFit, Unwell) as error:
@@ -89,8 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # tyro has told what is wrong on stderr
         return _failed("", 2, as_json) if stop.code else 0
     except KeyboardInterrupt:
+        if told():
+            return _failed(STOPPED, Preempted.exit_code, as_json)
         return _failed("interrupted; the same command goes on from the last checkpoint", 130, as_json)
     except Exception:
+        if told():  # peers that left already, or a library that wraps what it is interrupted by
+            return _failed(STOPPED, Preempted.exit_code, as_json)
         if processes.launched() is None and not processes.joined():
             raise
         return _failed(f"failed\n{traceback.format_exc()}", 1, as_json)
@@ -100,12 +110,9 @@ def _main(words: list[str], as_json: bool) -> int:
     _help_on_settings(words)
     command, overrides = tyro.cli(Command, prog="lmeff", description=DESCRIPTION, args=words, return_unknown_args=True)  # type: ignore[call-overload]
     machine = getattr(command, "machine", Machine())
-    copies = machine.copies
-    if copies > 1:
-        _check(command, overrides, machine)
-        launch(this_command(words), copies)
+    if _run_in_processes(command, overrides, machine, words):
         return 0
-    machine.prepare()
+    listen(machine.prepare, functools.partial(_end, as_json))
     console = Console(stderr=as_json, quiet=not processes.leads())
     handler = next(handler for kind, handler in COMMANDS.values() if isinstance(command, kind))
     answer = handler(command, overrides, console)
@@ -115,11 +122,18 @@ def _main(words: list[str], as_json: bool) -> int:
     return 0
 
 
-def _check(command: Any, overrides: Sequence[str], machine: Machine) -> None:
-    """What can be known to be wrong before processes are started."""
-    if isinstance(command, Run | Train):
-        experiment, _ = resolve(command.config, overrides, prog="lmeff run")
-        validate(experiment, machine.devices or 1)
+def _run_in_processes(command: Any, overrides: Sequence[str], machine: Machine, words: list[str]) -> bool:
+    """Starts the processes that the command asks for, where it does, once what can be known to be wrong before that is known to be right."""
+    trains = machine.processes is not None and processes.launched() is None and isinstance(command, Run | Train)
+    experiment = resolve(command.config, overrides, prog="lmeff run")[0] if trains else None
+    share = machine.share(experiment.mesh if experiment else None)
+    if not share.processes:
+        return False
+    if experiment:
+        validate(experiment, share.devices)
+    options = ("--devices", share.devices) if machine.devices is None else ()
+    launch(this_command(words, options), share.processes, restarts=machine.restarts)
+    return True
 
 
 def _help_on_settings(words: Sequence[str]) -> None:
@@ -129,7 +143,15 @@ def _help_on_settings(words: Sequence[str]) -> None:
         override(load_experiment(Path(paths[0])), ["--help"], prog=f"lmeff {words[0]} {paths[0]}")
 
 
+def _end(as_json: bool, message: str) -> None:
+    """Ends the process under a main thread that was told to stop and is inside a long call, or has told why and is slow to leave."""
+    if not _answered.is_set():
+        _failed(message, Preempted.exit_code, as_json)
+    os._exit(Preempted.exit_code)
+
+
 def _failed(message: str, exit_code: int, as_json: bool, answer: Json | None = None) -> int:
+    _answered.set()
     if processes.launched() is not None:
         processes.leave(message, exit_code)  # the launcher tells it
     if message:

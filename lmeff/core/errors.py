@@ -49,3 +49,9 @@ class DoesNotFit(UserError):
         """`message`: which device and which category of its memory are to blame."""
         super().__init__(message)
         self.answer = answer or {}
+
+
+class Preempted(UserError):
+    """Told to stop, by SIGTERM or a preemption notice. Nothing is lost: the same command goes on."""
+
+    exit_code = 42

@@ -95,6 +95,11 @@ class MeshPlan:
                 "different things at a time, and keys can only be sent round where all devices send. Set mesh.sequence."
             )
 
+    @property
+    def devices(self) -> int:
+        """How many devices the plan asks for; where `data` is free, any multiple will do."""
+        return math.prod(getattr(self, axis) or 1 for axis in AXES)
+
     def degrees(self, devices: int) -> dict[str, int]:
         """The size of each axis on so many devices; raises `ConfigError` where the product does not fit."""
         fixed = {axis: getattr(self, axis) for axis in AXES if axis != "data"}

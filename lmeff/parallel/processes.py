@@ -22,10 +22,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from lmeff.core.errors import UsageError
+from lmeff.core.errors import Preempted, UsageError
 from lmeff.core.files import write_text
 
 VARIABLE = "LMEFF_LAUNCHED"  # in the environment of a process that `lmeff.launch` started: its `Seat` as JSON
+LAST = 6.0  # seconds that the other hosts of a cluster have to leave before process 0: JAX aborts whoever loses its coordinator
 PATIENCE = 24 * 3600  # seconds at a barrier: one process may prepare data for all. A peer's death ends it sooner.
 
 _barriers = itertools.count()
@@ -68,7 +69,6 @@ def join(*, cluster: bool) -> None:
     if seat is not None:
         threading.Thread(target=_end_with_launcher, args=(seat,), daemon=True).start()
         jax.config.update("jax_check_proxy_envs", False)  # the peers are on this machine
-        jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
         jax.distributed.initialize(
             seat.coordinator,
             seat.count,
@@ -139,6 +139,8 @@ def leave(message: str, exit_code: int) -> None:
         print(f"lmeff: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
+    if exit_code == Preempted.exit_code and seat is None and leads():
+        time.sleep(LAST)
     os._exit(exit_code)
 
 

@@ -19,7 +19,7 @@ from lmeff.core.errors import ConfigError, DoesNotFit, UsageError
 from lmeff.core.files import write_asked
 from lmeff.launch import simulate_devices
 from lmeff.parallel.devices import Topology, parse_topology
-from lmeff.parallel.mesh import AXES, MeshPlan, plan_layout
+from lmeff.parallel.mesh import MeshPlan, plan_layout
 from lmeff.plan.answer import budget_json, estimate_json, join, search_json, serving_json
 from lmeff.plan.budget import fit
 from lmeff.plan.estimate import Estimate
@@ -137,7 +137,7 @@ def check_slice(found: Topology, family: Chip, name: str) -> None:
 
 def asked(experiment: Experiment) -> int:
     """How many devices the config's own mesh asks for."""
-    return math.prod(getattr(experiment.mesh, axis) or 1 for axis in AXES)
+    return experiment.mesh.devices
 
 
 def plan(command: Plan, overrides: Sequence[str], console: Console) -> Json:

@@ -13,7 +13,9 @@ import pytest
 
 from lmeff.core.errors import UsageError
 from lmeff.launch import Machine, Stopped, launch
+from lmeff.launch.machine import accelerators
 from lmeff.parallel import processes
+from lmeff.parallel.mesh import MeshPlan
 from lmeff.parallel.processes import VARIABLE
 
 SEAT = f"""
@@ -35,8 +37,8 @@ def tell(message, code, at):
 """
 
 
-def start(folder, script, count=3):
-    launch([sys.executable, "-c", SEAT + script, str(folder)], count)
+def start(folder, script, count=3, *, arguments=(), **options):
+    launch([sys.executable, "-c", SEAT + script, str(folder), *arguments], count, **options)
 
 
 def gone(folder):
@@ -95,31 +97,104 @@ def test_without_a_reason_the_end_of_stderr_is_told(tmp_path):
     assert gone(tmp_path)
 
 
-@pytest.mark.parametrize(("number", "word"), [(signal.SIGTERM, "stopped by SIGTERM"), (signal.SIGINT, "interrupted")])
-def test_signals_are_passed_on(tmp_path, number, word):
-    """The processes end as they like; those that take no notice are killed by a second signal."""
+TOLD = {
+    signal.SIGTERM: ("stopped by SIGTERM", 42),
+    signal.SIGINT: ("interrupted", 130),
+    signal.SIGHUP: ("stopped by SIGHUP", 129),
+}
+
+
+def deaf_peer_is_killed(folder, number):
+    """Sends a signal to this process, and again once all but process 1 have ended."""
+    wait_for(folder, "*.ready", 3)
+    os.kill(os.getpid(), number)
+    while sum(_runs(json.loads((folder / f"{i}.pids").read_text())[0]) for i in range(3)) > 1:
+        time.sleep(0.02)
+    os.kill(os.getpid(), number)
+
+
+def wait_for(folder, pattern, count):
+    while len(list(folder.glob(pattern))) < count:
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", TOLD, ids=[number.name for number in TOLD])
+def test_signals_are_passed_on(tmp_path, number):
+    """The processes end as they like; those that take no notice are killed by a second signal. No babysitter starts them again."""
     script = f"""
 if index == 1:
     signal.signal({int(number)}, signal.SIG_IGN)
 (folder / f"{{index}}.ready").touch()
 time.sleep(120)
 """
-
-    def interrupt():
-        while len(list(tmp_path.glob("*.ready"))) < 3:
-            time.sleep(0.02)
-        os.kill(os.getpid(), number)
-        while sum(_runs(json.loads((tmp_path / f"{i}.pids").read_text())[0]) for i in range(3)) > 1:
-            time.sleep(0.02)
-        os.kill(os.getpid(), number)
-
-    threading.Thread(target=interrupt).start()
+    word, code = TOLD[number]
+    threading.Thread(target=deaf_peer_is_killed, args=(tmp_path, number)).start()
     before = signal.getsignal(number)
-    with pytest.raises(Stopped, match=f"^{word}; the same command goes on") as caught:
-        start(tmp_path, script)
-    assert caught.value.exit_code == 128 + number
+    with pytest.raises(Stopped, match=f"^{word}, and 1 that did not end in time killed; the same command") as caught:
+        start(tmp_path, script, restarts=3)
+    assert caught.value.exit_code == code
     assert signal.getsignal(number) == before
     assert gone(tmp_path)
+
+
+SAVES = """
+def save(number, frame):
+    for other in range(seat["count"]):  # as the service of JAX does, which tells all processes of a signal to one
+        if not (folder / f"{other}.told").exists() and (folder / f"{other}.told").touch() is None and other != index:
+            os.kill(json.loads((folder / f"{other}.pids").read_text())[0], signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(0.2 * index)
+    (folder / f"{index}.saved").touch()
+    tell("told to stop; saved", 42, time.monotonic_ns())
+    os._exit(42)
+
+signal.signal(signal.SIGTERM, save)
+(folder / f"{index}.ready").touch()
+"""
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["the launcher", "one process"])
+def test_who_is_told_to_stop_has_time_to_save(tmp_path, alone):
+    def tell():
+        wait_for(tmp_path, "*.ready", 3)
+        os.kill(json.loads((tmp_path / "1.pids").read_text())[0] if alone else os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=tell).start()
+    with pytest.raises(Stopped, match="^told to stop; saved$" if alone else "^stopped by SIGTERM; the same") as caught:
+        start(tmp_path, SAVES + "time.sleep(120)")
+    assert caught.value.exit_code == 42
+    assert len(list(tmp_path.glob("*.saved"))) == 3
+    assert gone(tmp_path)
+
+
+def test_peers_of_one_that_left_with_42_are_told_too(tmp_path):
+    """It told nobody, as one that was compiling; the others would wait for it."""
+    script = "tell('compiling', 42, 1) or os._exit(42) if index == 1 else time.sleep(120)"
+    with pytest.raises(Stopped, match=r"^compiling$") as caught:
+        start(tmp_path, script)
+    assert caught.value.exit_code == 42
+    assert gone(tmp_path)
+
+
+def test_what_must_be_mended_is_told_although_all_were_stopped(tmp_path):
+    script = """
+def fail(number, frame):
+    tell("the disk is full", 5, 1)
+    os._exit(5)
+
+signal.signal(signal.SIGTERM, fail if index == 2 else signal.SIG_DFL)
+(folder / f"{index}.ready").touch()
+time.sleep(120)
+"""
+
+    def tell():
+        wait_for(tmp_path, "*.ready", 3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=tell).start()
+    with pytest.raises(Stopped, match=r"^the disk is full$") as caught:
+        start(tmp_path, script, restarts=2)
+    assert caught.value.exit_code == 5
 
 
 def test_processes_end_with_their_launcher(tmp_path):
@@ -143,13 +218,52 @@ def test_processes_end_with_their_launcher(tmp_path):
     [
         (Machine(processes=0, devices=8), "--processes: got 0, expected at least 1"),
         (Machine(processes=3, devices=8), "got 3 processes for --devices 8, expected a divisor"),
-        (Machine(processes=2), "got 2 without --devices"),
         (Machine(processes=2, devices=8, distributed=True), "got it with --distributed"),
+        (Machine(processes=3), "got 3 processes for a mesh of 4 devices, expected a divisor"),
+        (Machine(restarts=3), "--restarts: got 3 without --processes, expected it with"),
+        (Machine(processes=2, restarts=-1), "--restarts: got -1, expected 0 or more"),
     ],
 )
 def test_bad_numbers_are_refused(machine, told):
     with pytest.raises(UsageError, match=told):
-        _ = machine.copies
+        machine.share(MeshPlan(data=2, tensor=2))
+
+
+@pytest.mark.parametrize(
+    ("machine", "mesh", "share"),
+    [
+        (Machine(), MeshPlan(tensor=2), (0, 0)),
+        (Machine(devices=8, processes=1), MeshPlan(), (0, 0)),
+        (Machine(processes=1, restarts=2), MeshPlan(fsdp=2), (1, 2)),
+        (Machine(processes=2, devices=8), MeshPlan(fsdp=2), (2, 8)),
+        (Machine(processes=2), MeshPlan(data=2, fsdp=2, tensor=2), (2, 8)),
+        (Machine(processes=4), MeshPlan(fsdp=2, tensor=2), (4, 4)),
+        (Machine(processes=4), MeshPlan(), (4, 4)),
+        (Machine(processes=4), MeshPlan(fsdp=3), (4, 12)),
+        (Machine(processes=4), None, (4, 4)),
+    ],
+)
+def test_processes_share_the_devices_of_the_mesh(machine, mesh, share):
+    """The fewest that all have equally many of, where the mesh leaves it open."""
+    assert machine.share(mesh) == share
+
+
+def test_chips_are_not_left_idle_unasked(tmp_path, monkeypatch):
+    assert accelerators(None, tmp_path) is None
+    (tmp_path / "vfio").mkdir()
+    (tmp_path / "vfio/vfio").touch()  # is there on any machine
+    assert accelerators(None, tmp_path) is None
+    (tmp_path / "nvidiactl").touch()
+    (tmp_path / "nvidia0").touch()
+    assert accelerators("cpu", tmp_path) is None
+    found = accelerators(None, tmp_path)
+    assert found == "NVIDIA GPUs (/dev/nvidia*)"
+    monkeypatch.setattr("lmeff.launch.machine.accelerators", lambda platforms: found)
+    with pytest.raises(
+        UsageError, match=r"got 4 on a machine with NVIDIA GPUs .*expected --devices too.*--distributed"
+    ):
+        Machine(processes=4).share(MeshPlan())
+    assert Machine(processes=4, devices=4).share(MeshPlan()) == (4, 4)
 
 
 def test_a_host_of_a_pod_that_was_not_told_is_refused(monkeypatch):
