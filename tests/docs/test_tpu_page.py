@@ -11,7 +11,7 @@ import tyro
 
 from lmeff.cli import COMMANDS, Command
 from lmeff.config.overrides import resolve
-from tests.docs.page import BLOCK, ROOT, prose, refute, shown
+from tests.docs.page import BLOCK, ROOT, Shown, prose, refute, shown
 from tests.runs import lmeff
 from tests.tpu_scripts.cloud import GIT, SCRIPTS, cloud_in
 
@@ -218,3 +218,19 @@ def test_the_doctor_of_the_page_looks_at_this_machine(cloud, monkeypatch):
     told = [line for line in (out + err).splitlines() if re.match(r"(ok|look|FAIL) ", line)]
     assert len(told) > 10, out + err
     assert code == int(any(line.startswith("FAIL") for line in told))
+
+
+INLINE = re.findall(r"`([^`\n]+)`", prose(PAGE))
+
+
+@pytest.mark.parametrize("line", sorted({line for line in INLINE if re.match(r"lmeff \w+", line)}))
+def test_what_the_text_names_can_be_asked_for(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    parsed(Shown(line, []))
+
+
+@pytest.mark.parametrize("line", sorted({line for line in INLINE if re.match(r"\w+\.sh .*--\w", line)}))
+def test_options_that_the_text_names_are_in_the_help(line):
+    name, *options = line.split()
+    told = subprocess.run(["bash", SCRIPTS / name, "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(re.search(rf"{option}(?![\w-])", told) for option in options if option.startswith("--")), told
