@@ -122,8 +122,8 @@ def test_batches_are_the_same_on_every_mesh(tmp_path):
 
 
 OWN = {
-    "workers": {"local": LocalUpdates(every=2)},
-    "residuals": {"reduce": Reduce(method="powersgd")},
+    "trainable": {"local": LocalUpdates(every=2)},  # each worker's parameters
+    "reduction": {"reduce": Reduce(method="powersgd")},  # what each device has not sent yet
 }
 PLACES = {
     "zero-1": Mesh(fsdp=4, tensor=2, zero=1),
@@ -170,14 +170,14 @@ def test_state_moves_bit_for_bit(tmp_path):
 def test_what_is_a_device_s_own_does_not_move(name, tmp_path):
     before, after = Mesh(data=2, tensor=4), Mesh(data=4, tensor=2)
     with Checkpointer(tmp_path, keep=1) as saved:
-        saved.save(1, filled(OWN[name], before), {})
+        saved.save(1, getattr(filled(OWN[name], before), name), {})
     with (
         Checkpointer(tmp_path, keep=1) as found,
         pytest.raises(CheckpointError, match="step 1 does not fit: it has other shapes"),
     ):
-        found.restore(shapes(OWN[name], after))
+        found.restore(getattr(shapes(OWN[name], after), name))
     with Checkpointer(tmp_path, keep=1) as found:
-        found.restore(shapes(OWN[name], before))
+        found.restore(getattr(shapes(OWN[name], before), name))
 
 
 def test_what_may_change_is_what_the_page_says(tmp_path):
