@@ -23,7 +23,7 @@ def _words(line: str) -> list[str]:
 def renew(page: str) -> None:
     """Rewrites the page where its lines are not printed any more."""
     text = (ROOT / page).read_text()
-    for each in shown(page):
+    for each in filter(lambda each: each.lines, shown(page)):
         _, out, err = lmeff(*each.words[1:])
         if not refute(each.lines, out + err):
             continue
