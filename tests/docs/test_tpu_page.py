@@ -105,42 +105,58 @@ def parsed(each):
     return command
 
 
+def planned(each):
+    """Plans here, and compares what is shown."""
+    code, out, err = lmeff(*each.words[1:])
+    assert code == 0, err
+    wrong = refute(each.lines, out + err)
+    assert not wrong, wrong
+
+
+def alone(each):
+    """Runs in a process of its own, which can simulate as many devices as it likes."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    command = [sys.executable, "-m", "lmeff.cli", *each.words[1:]]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert told.returncode == 0, told.stderr
+
+
+def follow(each):
+    """A line with lmeff; what takes long, or wants what a run has left, is parsed."""
+    if "--no-compile" in each.words:
+        planned(each)
+    elif each.words[1] == "config":
+        alone(each)
+    else:
+        parsed(each)
+
+
+def rehearse(each, cloud, environment):
+    """A dry run of a line with a script; gives its name, with its verb where it has one."""
+    at = 2 if each.words[0].endswith("gke.sh") else 1
+    name = " ".join(each.words[:at]).removeprefix("tpu_scripts/")
+    out, _ = cloud.run(*each.words[:at], "--dry-run", *each.words[at:], **environment)
+    assert out.startswith(FIRST[name]), out
+    return name
+
+
 def test_the_page_from_top_to_bottom(cloud, monkeypatch):
     monkeypatch.chdir(cloud.repository)
     monkeypatch.setenv("COLUMNS", "80")
-    environment, seen = {}, set()
+    environment, rehearsed, looked_at = {}, set(), set()
     for each in shown(PAGE):
+        environment |= exported(each)
         if is_script(each):
-            script = each.words[0].removeprefix("tpu_scripts/")
-            at = 2 if script == "gke.sh" else 1
-            script = " ".join([script, *each.words[1:at]])
-            out, _ = cloud.run(*each.words[:at], "--dry-run", *each.words[at:], **environment)
-            assert out.startswith(FIRST[script]), out
-            seen.add(script)
-        elif each.words[:2] == ["lmeff", "plan"] and "--no-compile" in each.words:
-            code, out, err = lmeff(*each.words[1:])
-            assert code == 0, err
-            wrong = refute(each.lines, out + err)
-            assert not wrong, wrong
-        elif each.words[:2] == ["lmeff", "config"]:
-            command = [
-                sys.executable,
-                "-m",
-                "lmeff.cli",
-                *each.words[1:],
-            ]  # by itself: this process has found its devices
-            environ = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-            told = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
-            assert told.returncode == 0, told.stderr
+            rehearsed.add(rehearse(each, cloud, environment))
         elif each.words[0] == "lmeff":
-            parsed(each)  # would take long, or wants what a run has left
-        elif each.words[0] == "export":
-            environment |= exported(each)
-        else:
+            follow(each)
+        elif each.words[0] != "export":
             assert each.command in LOOKED_AT, f"{each.command}: look at it, then add it to LOOKED_AT"
-            if each.words[3:5] == ["wheel", "."]:
-                wheel(cloud)
-    assert seen == set(FIRST)
+            looked_at.add(each.command)
+        if "wheel" in each.words:
+            wheel(cloud)
+    assert rehearsed == set(FIRST)
+    assert looked_at == LOOKED_AT
     assert not cloud.calls()  # a dry run asks the cloud nothing
 
 
