@@ -34,6 +34,7 @@ case $verb in
 esac
 shift
 DEFAULT=([restarts]=10 [verb]=run)
+PATTERN[type]='(v4|v5litepod|v5p|v6e|tpu7x)-[1-9][0-9]{0,4}' EXPECTED[type]='an accelerator type, such as v5p-64 or tpu7x-16'
 parse "$options" "spot" "$needs" -- "$@"
 config_of
 

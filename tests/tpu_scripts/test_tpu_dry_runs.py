@@ -127,6 +127,12 @@ def test_the_manifest_is_yaml_that_says_what_was_asked_for(cloud):
     assert yaml.safe_load(one)["spec"]["replicatedJobs"][0]["template"]["spec"]["parallelism"] == 1
 
 
+def test_tpu7x_is_had_through_gke_alone(cloud):
+    assert "--tpu-type=tpu7x-16" in cloud("gke", *XPK[:-1], "--type", "tpu7x-16", CONFIG)[0]
+    assert 'gke-tpu-accelerator: "tpu7x"' in cloud("gke", *JOBSET[:-1], "--topology", "tpu7x:2x2x2", CONFIG)[0]
+    assert "gke.sh" in cloud("create", *PLACE, "--type", "tpu7x-16", code=2)[1]
+
+
 def test_a_manifest_is_applied_as_the_help_says(cloud):
     (command,) = re.findall(r"gke.sh jobset ... (\| kubectl apply -f -)", cloud("gke", "--help")[0])
     cloud.run("bash", "-c", f"tpu_scripts/gke.sh {' '.join(JOBSET)} {command}")

@@ -2,13 +2,10 @@
 
 import hashlib
 import shutil
-from pathlib import Path
 
 import pytest
 
 from tests.tpu_scripts.cloud import ARGUMENTS, CONFIG, PLACE, SCRIPTS, TYPE, WHEEL
-
-GOLDEN = Path(__file__).parent / "golden"
 
 # --- single scripts
 
