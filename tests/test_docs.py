@@ -25,7 +25,12 @@ from lmeff.recipe.transfer import import_model
 from tests.recipe.pretrained_model import CFG, write_huggingface
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/extend.md", "docs/plan.md", "docs/models.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "tpu_scripts/README.md",
+    *(f"docs/{name}.md" for name in ("architecture", "extend", "meshes", "models", "plan", "tpu")),
+)
 
 
 def blocks(page):

@@ -19,11 +19,13 @@ from lmeff.models.config import ModelConfig, current
 
 FILE = "config.json"
 
-# Settings that may change between a run and its continuation: they change where or how often, never what.
+# Settings that may change between a run and its continuation: they change where, in which order or how often, never what.
 FREE = (
     "name",
     "runs",
     "mesh.",
+    "train.accumulate",
+    "train.remat",
     "train.log_every",
     "train.eval_every",
     "train.checkpoint_every",

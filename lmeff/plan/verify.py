@@ -195,7 +195,10 @@ def refusal(message: str, where: str, predicted: Memory) -> str:
     )
 
 
-ACTIVATIONS = "Raise train.accumulate, mesh.context or mesh.tensor, set train.remat to full, or lower train.batch."
+ACTIVATIONS = (
+    "Set train.remat to full, lower train.batch, or raise mesh.context or mesh.tensor; train.accumulate helps where a device has room for whole "
+    "weights and gradients."
+)
 REMEDIES = {
     "parameters": "Cut them over more devices (mesh.fsdp at mesh.zero = 3, mesh.tensor, mesh.pipe), or store them in bfloat16 (precision).",
     "optimizer": "Cut it over more devices (mesh.fsdp), set optim.offload or precision state=bfloat16, or take an optimizer with less state.",
