@@ -112,3 +112,38 @@ def test_a_signal_to_the_launcher_ends_the_restarts(tmp_path, resting, monkeypat
     teller.join()
     assert len(list(tmp_path.glob("life*"))) == (1 if resting else 2)
     assert gone(tmp_path)
+
+
+COORDINATOR = """
+import socket
+host, port = seat["coordinator"].split(":")
+below.kill()
+if index == 0:
+    with socket.socket() as stranger, contextlib.suppress(OSError):
+        stranger.bind((host, int(port)))
+        tell("the port was to be had", 3, 1)
+        os._exit(3)
+    server = socket.socket()
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as gRPC does
+    server.bind((host, int(port)))
+    server.listen()
+    Path(seat["folder"], "listens").touch()
+    server.accept()[0].recv(1)
+else:
+    while not Path(seat["folder"], "listens").exists():
+        time.sleep(0.01)
+    socket.create_connection((host, int(port))).send(b"x")
+    first = not (folder / "ports").exists()
+    with open(folder / "ports", "a") as file:
+        print(port, file=file)
+    if first:
+        os.kill(json.loads((folder / "0.pids").read_text())[0], signal.SIGKILL)
+        time.sleep(120)
+"""
+
+
+def test_each_attempt_holds_a_port_of_its_own(tmp_path):
+    """A connection of the killed coordinator may linger on the old one, and nobody else is given the new one before the coordinator listens."""
+    start(tmp_path, "import contextlib" + COORDINATOR, 2, restarts=1)
+    assert len(set((tmp_path / "ports").read_text().split())) == 2
+    assert gone(tmp_path)
