@@ -1,4 +1,4 @@
-"""The command line: `lmeff run | train | eval | generate | import | export | bench | plan | report | log | config show | schedule | doctor`.
+"""The command line: `lmeff run | train | data | eval | generate | import | export | bench | plan | report | log | config show | schedule | doctor`.
 
 Logs go to stderr under `--json`, which leaves one JSON object on stdout.
 Exit codes: 0 ok, 2 usage, 3 config, 4 data, 5 checkpoint, 6 does not fit, 42 told to stop (SIGTERM) and nothing lost, 1 anything else.
@@ -19,6 +19,7 @@ from rich.console import Console
 
 from lmeff import __version__
 from lmeff.commands.bench import Bench, time_inference
+from lmeff.commands.data import Data, build_data
 from lmeff.commands.evaluate import Eval, evaluate_models
 from lmeff.commands.generate import Generate, write_text
 from lmeff.commands.log import Log, log_run
@@ -51,6 +52,7 @@ Json = dict[str, Any]
 COMMANDS: dict[str, tuple[type, Callable[..., Json]]] = {
     "run": (Run, run_recipe),
     "train": (Train, train_stage),
+    "data": (Data, build_data),
     "eval": (Eval, evaluate_models),
     "generate": (Generate, write_text),
     "import": (Import, import_one),
@@ -66,6 +68,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., Json]]] = {
 Command = (
     Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Import, tyro.conf.subcommand("import")]

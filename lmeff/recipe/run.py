@@ -95,6 +95,14 @@ def run(
         return report
 
 
+def make_data(experiment: Experiment, devices: int) -> tuple[Path, Corpus]:
+    """The tokens of a run alone, and the folder that they are in; checks all of the config as a run on so many devices does."""
+    validate(experiment, devices)
+    directory = Path(experiment.run_dir)
+    check_resume(experiment, directory)
+    return directory / "data", _corpus(experiment, directory / "data")
+
+
 def open_workshop(
     experiment: Experiment, shapes: Mapping[str, ModelConfig], directory: Path, console: Console, *, resume: bool = True
 ) -> Workshop:

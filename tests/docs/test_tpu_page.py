@@ -98,7 +98,7 @@ def parsed(each):
     """As the command line parses it, its settings checked where it takes a config."""
     command, overrides = tyro.cli(Command, args=each.words[1:], return_unknown_args=True)
     assert isinstance(command, COMMANDS[each.words[1]][0])
-    if each.words[1] in ("train", "run", "plan"):
+    if each.words[1] in ("train", "run", "data", "plan"):
         resolve(command.config, overrides, prog=f"lmeff {each.words[1]}")
     else:
         assert not overrides
