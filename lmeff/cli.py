@@ -12,7 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -168,17 +168,5 @@ def _failed(message: str, exit_code: int, as_json: bool, answer: Json | None = N
     return exit_code
 
 
-def program() -> NoReturn:
-    """The command line as a program of its own."""
-    code = main()
-    if (
-        code == Preempted.exit_code
-    ):  # XLA may still compile in a thread of its own, which the interpreter's end would crash
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    program()
+    sys.exit(main())

@@ -4,15 +4,15 @@ import sys
 
 
 def main() -> int:
-    """Runs a command and ends with its exit code; gives 1 where packages are missing or do not go together."""
+    """Runs a command and gives its exit code: 1 where packages are missing or do not go together."""
     try:
-        from lmeff.cli import program
+        from lmeff.cli import main as command_line
     except Exception as error:  # JAX refuses a jaxlib of another version with a RuntimeError
         from lmeff.doctor.packages import diagnosis
 
         print(diagnosis(error), file=sys.stderr)
         return 1
-    program()
+    return command_line()
 
 
 if __name__ == "__main__":
