@@ -37,7 +37,7 @@ from lmeff.config.files import load_experiment
 from lmeff.config.overrides import override, resolve
 from lmeff.config.validate import validate
 from lmeff.core.errors import DoesNotFit, Preempted, UserError
-from lmeff.core.files import clear_unfinished
+from lmeff.core.files import clear_passing
 from lmeff.launch import Machine, launch, this_command
 from lmeff.parallel import processes
 from lmeff.parallel.preemption import STOPPED, listen, told
@@ -143,7 +143,7 @@ def _help_on_settings(words: Sequence[str]) -> None:
 def _end(as_json: bool, message: str) -> None:
     """Ends the process under a main thread that was told to stop and is inside a long call, or has told why and is slow to leave."""
     if not _answered.is_set():
-        clear_unfinished()
+        clear_passing()
         _failed(message, Preempted.exit_code, as_json)
     os._exit(Preempted.exit_code)
 

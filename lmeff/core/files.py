@@ -13,7 +13,7 @@ from lmeff.core.errors import CheckpointError, UserError
 
 STALE = 24 * 3600  # seconds after which a folder that was never finished is cleared away
 
-_unfinished: set[Path] = set()
+_passing: set[Path] = set()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -59,22 +59,30 @@ def new_folder(path: Path) -> Iterator[Path]:
     for old in partial.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
         if time.time() - old.stat().st_mtime > STALE:
             shutil.rmtree(old, ignore_errors=True)
-    _unfinished.add(partial)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        refuse_existing(path)
-        partial.rename(path)
+        with passing(partial):
+            partial.mkdir(parents=True)
+            yield partial
+            refuse_existing(path)
+            partial.rename(path)
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be written ({error}), expected room and permission; choose another place"
         ) from error
+
+
+@contextmanager
+def passing(folder: Path) -> Iterator[Path]:
+    """A folder that is removed when the block ends, unless it was renamed by then."""
+    _passing.add(folder)
+    try:
+        yield folder
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        _unfinished.discard(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        _passing.discard(folder)
 
 
-def clear_unfinished() -> None:
-    """Removes the folders that `new_folder` is about to make: for a process that ends without leaving its blocks."""
-    for partial in tuple(_unfinished):
-        shutil.rmtree(partial, ignore_errors=True)
+def clear_passing() -> None:
+    """Removes the folders of all open `passing` blocks: for a process that ends without leaving them."""
+    for folder in tuple(_passing):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmeff.core.errors import DataError
+from lmeff.core.files import passing
 from lmeff.data.config import KEPT, DataConfig, is_pretrained
 from lmeff.data.pretrained import load_tokenizer
 from lmeff.data.tokenizer import ByteTokenizer, Tokenizer, load_bpe
@@ -62,17 +63,17 @@ def building(directory: Path) -> Iterator[Path]:
     folder = directory.with_name(f".{directory.name}.building-{uuid.uuid4().hex[:12]}")
     published = False
     try:
-        folder.mkdir(parents=True)
-        _clear_stale(directory)
-        yield folder
-        _publish(folder, directory)
-        published = True
+        with passing(folder):
+            folder.mkdir(parents=True)
+            _clear_stale(directory)
+            yield folder
+            _publish(folder, directory)
+            published = True
     except OSError as error:
         raise DataError(
             f"{directory}: cannot be written ({error}), expected room and permission; choose another place"
         ) from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
         for parent in () if published else missing:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()

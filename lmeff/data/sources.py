@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from lmeff.core.errors import DataError
 from lmeff.core.extras import require
+from lmeff.core.files import passing
 from lmeff.data.storage import ENDINGS, File, fetch, find, is_remote, kind_of, opened
 
 # Vendored code, tests, and tables written by programs rather than people.
@@ -200,7 +201,7 @@ def array_record(path: tuple[str, ...], text_field: str) -> Iterator[Document]:
     """ArrayRecord files whose records are UTF-8 text."""
     module = importlib.import_module("array_record.python.array_record_module")  # comes with grain
     for file in _files("array_record", path):
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, passing(Path(folder)):
             local = file.path
             if is_remote(file.path):
                 local = str(Path(folder, "records"))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lmeff.config.loads import is_compressed, is_huggingface
 from lmeff.core.errors import CheckpointError, ConfigError
-from lmeff.core.files import refuse_existing
+from lmeff.core.files import passing, refuse_existing
 from lmeff.core.numerics import is_qtensor, materialize
 from lmeff.core.specs import count
 from lmeff.data import pretrained
@@ -97,7 +97,7 @@ def export_model(
         raise ConfigError(f"--format: got '{format}', expected one of {', '.join(WRITERS)}")
     refuse_existing(out)
     opened = open_model(path, artifact=artifact, mesh=MeshPlan(data=1), devices=jax.devices()[:1], weights=weights)
-    with tempfile.TemporaryDirectory(prefix="lmeff-") as folder:
+    with tempfile.TemporaryDirectory(prefix="lmeff-") as folder, passing(Path(folder)):
         files = tokenizer_files(path, opened.tokenizer, Path(folder))
         family = WRITERS[format](opened, out, files, Choice(dtype, pretokenizer))
     kept = format == "compressed-tensors"
