@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -142,10 +143,11 @@ def _help_on_settings(words: Sequence[str]) -> None:
 
 def _end(as_json: bool, message: str) -> None:
     """Ends the process under a main thread that was told to stop and is inside a long call, or has told why and is slow to leave."""
-    if not _answered.is_set():
-        clear_passing()
-        _failed(message, Preempted.exit_code, as_json)
-    os._exit(Preempted.exit_code)
+    if _answered.is_set():
+        time.sleep(processes.LAST)
+        os._exit(Preempted.exit_code)
+    clear_passing()
+    _failed(message, Preempted.exit_code, as_json)
 
 
 def _failed(message: str, exit_code: int, as_json: bool, answer: Json | None = None) -> int:
@@ -156,7 +158,7 @@ def _failed(message: str, exit_code: int, as_json: bool, answer: Json | None = N
         print(f"lmeff: {message}", file=sys.stderr)
     if as_json:
         print(json.dumps({**(answer or {}), "error": message or "usage", "exit_code": exit_code}))
-    if processes.joined():
+    if processes.joined() or told():  # XLA may compile on in the background, and would crash an orderly end
         processes.leave("", exit_code)
     return exit_code
 

@@ -139,7 +139,7 @@ def leave(message: str, exit_code: int) -> None:
         print(f"lmeff: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    if exit_code == Preempted.exit_code and seat is None and leads():
+    if exit_code == Preempted.exit_code and seat is None and joined() and leads():
         time.sleep(LAST)
     os._exit(exit_code)
 
