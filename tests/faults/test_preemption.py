@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
+from lmeff.core.errors import Preempted
 from lmeff.launch import Stopped, launch
+from lmeff.parallel import preemption
 
 SCRIPT = """
 import hashlib, os, signal, sys, threading, time
@@ -79,38 +82,27 @@ except Preempted as error:
     assert code == 0  # what the script says after it has told
 
 
-def test_evaluation_inside_unsaved_work_stops_between_batches():
+def test_a_signal_after_the_last_safe_point_is_not_lost():
     script = """
 try:
     with preemption.unsaved():
-        tell()
-        for batch in range(100):
-            time.sleep(0.05)
-            preemption.safe_point()
-except Preempted:
-    print(batch < 99, flush=True)
-tell()
-preemption.safe_point()  # nothing is unsaved: not its business
-print("on", flush=True)
-"""
-    assert python(script)[1:] == (["True", "on"], "")
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_signal_outside_of_the_safe_points_is_not_lost(when):
-    script = f"""
-try:
-    if {when == "before"}:
-        preemption._told.set()
-    with preemption.unsaved():
-        assert {when == "after"}
         print("safe point", preemption.agreed(), flush=True)
         tell()
         time.sleep(0.2)
 except Preempted as error:
     print(error.exit_code, flush=True)
 """
-    assert python(script)[1] == (["safe point False", "42"] if when == "after" else ["42"])
+    assert python(script)[1] == ["safe point False", "42"]
+
+
+def test_a_signal_before_unsaved_work_keeps_it_from_beginning(monkeypatch):
+    for name in ("_told", "_ending"):
+        monkeypatch.setattr(preemption, name, threading.Event())
+    preemption.safe_point()
+    preemption._told.set()
+    preemption.safe_point()  # nothing is unsaved: a told process ends by itself
+    with pytest.raises(Preempted, match="the same command goes on"), preemption.unsaved():
+        pytest.fail("it began")
 
 
 def test_workers_that_are_ended_are_no_news():
