@@ -12,7 +12,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -101,19 +101,20 @@ def _all_succeeded(peers: Peers) -> bool:
 
 
 def _stop(peers: Peers, received: list[int]) -> None:
-    """Passes on a signal to the launcher. What the user has to mend, such as a full disk, is told before that."""
+    """Passes on a signal to the launcher. What the user has to mend, such as a full disk, is told first, then what was saved."""
     told = received[0]
     late = _tell(peers, told, lambda: len(received) > 1)
     if _all_succeeded(peers):
         return
-    raise _to_mend(peers, told) or stopped_by(told, late)
+    saved = None if late else _reason(peers, (SAVED,), told)
+    raise _reason(peers, NEEDS_MENDING, told) or saved or stopped_by(told, late)
 
 
-def _to_mend(peers: Peers, told: int | None = None) -> Stopped | None:
-    """The first thing that a process told and the user has to mend."""
+def _reason(peers: Peers, codes: Collection[int], told: int | None = None) -> Stopped | None:
+    """The first reason with one of these exit codes."""
     found = [failure_of(index, peers.folder) for index in range(len(peers.processes))]
-    wrong = [failure for failure in found if failure and failure.exit_code in NEEDS_MENDING]
-    first = min(wrong, key=lambda failure: failure.at, default=None)
+    fitting = [failure for failure in found if failure and failure.exit_code in codes]
+    first = min(fitting, key=lambda failure: failure.at, default=None)
     return Stopped(first.message, first.exit_code, told) if first else None
 
 
@@ -132,7 +133,7 @@ def _fail(peers: Peers, received: list[int]) -> None:
     _tell(peers, signal.SIGTERM, lambda: bool(received))
     if received:
         _stop(peers, received)
-    raise _to_mend(peers) or end
+    raise _reason(peers, NEEDS_MENDING) or end
 
 
 def _tell(peers: Peers, number: int, hurried: Callable[[], bool]) -> int:
