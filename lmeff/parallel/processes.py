@@ -66,6 +66,7 @@ def join(*, cluster: bool) -> None:
     seat = launched()
     if seat is not None or cluster:
         _keep_stdout()
+        jax.config.update("jax_enable_preemption_service", True)  # tells all when one is told (`preemption`)
     if seat is not None:
         threading.Thread(target=_end_with_launcher, args=(seat,), daemon=True).start()
         jax.config.update("jax_check_proxy_envs", False)  # the peers are on this machine

@@ -171,7 +171,7 @@ def train(job: Job, state: TrainState, *, progress: Progress, resume: bool) -> t
         with contextlib.closing(writer) as metrics, tracer:
             outlets = Outlets(checkpointer, metrics, progress, tracer)
             if line is not None:
-                outlets.tell(start, line | job.held_out(start, state))
+                _measure(job, start, state, line, outlets)
             return _run(job, start, state, outlets)
 
 
@@ -200,6 +200,14 @@ def _run(job: Job, start: int, state: TrainState, outlets: Outlets) -> tuple[Tra
         seconds = time.perf_counter() - began - compile_seconds
         outlets.checkpointer.wait()
     return state, Cost(seconds, compile_seconds, job.steps * batch.tokens.size)
+
+
+def _measure(job: Job, step: int, state: TrainState, line: dict[str, Any], outlets: Outlets) -> None:
+    """Completes the line of a step whose held-out loss was cut off. Its checkpoint says so until a later one is there."""
+    if job.prepare is not None:
+        job.prepare(state)
+    sync("prepared")
+    outlets.tell(step, line | job.held_out(step, state))
 
 
 def _conclude(job: Job, step: int, state: TrainState, values: Metrics, outlets: Outlets, log: "Log") -> None:
