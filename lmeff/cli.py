@@ -49,6 +49,7 @@ from lmeff.plan.command import Plan, plan
 
 Json = dict[str, Any]
 
+INTERRUPTED = 130  # by Ctrl-C, as shells say it
 
 COMMANDS: dict[str, tuple[type, Callable[..., Json]]] = {
     "run": (Run, run_recipe),
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if told():
             return _failed(STOPPED, Preempted.exit_code, as_json)
-        return _failed("interrupted; the same command goes on from the last checkpoint", 130, as_json)
+        return _failed("interrupted; the same command goes on from the last checkpoint", INTERRUPTED, as_json)
     except Exception:
         if told():  # peers that left already, or a library that wraps what it is interrupted by
             return _failed(STOPPED, Preempted.exit_code, as_json)
@@ -165,7 +166,7 @@ def _failed(message: str, exit_code: int, as_json: bool, answer: Json | None = N
         print(f"lmeff: {message}", file=sys.stderr)
     if as_json:
         print(json.dumps({**(answer or {}), "error": message or "usage", "exit_code": exit_code}))
-    if processes.joined() or told():  # XLA may compile on in the background, and would crash an orderly end
+    if processes.joined() or told() or exit_code == INTERRUPTED:  # XLA may compile on, and would crash an orderly end
         processes.leave("", exit_code)
     return exit_code
 
