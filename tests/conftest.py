@@ -1,11 +1,14 @@
 """Eight simulated CPU devices, a compiler that hurries and a persistent compilation cache, all fixed before JAX starts."""
 
 import os
+import signal
 
 from tests.hurry import CACHE, WORTH_KEEPING, flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = flags(os.environ.get("XLA_FLAGS", ""))
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background: children would inherit it, and some are to be interrupted
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import pytest
