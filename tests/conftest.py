@@ -7,7 +7,9 @@ from tests.hurry import CACHE, WORTH_KEEPING, flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = flags(os.environ.get("XLA_FLAGS", ""))
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background; children that are to be interrupted inherit it
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # in a shell's background; children that are to be interrupted inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
