@@ -7,9 +7,10 @@ from tests.hurry import CACHE, WORTH_KEEPING, flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = flags(os.environ.get("XLA_FLAGS", ""))
-# A shell's background ignores Ctrl-C, and so would the processes that tests interrupt.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# In a shell's background and under nohup some signals are ignored, and would be by the processes that tests interrupt: those inherit it.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda number, frame: None)
 
 import jax
 import pytest
