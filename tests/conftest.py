@@ -7,17 +7,17 @@ from tests.hurry import CACHE, WORTH_KEEPING, flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = flags(os.environ.get("XLA_FLAGS", ""))
-# In a shell's background and under nohup some signals are ignored, and would be by the processes that tests interrupt: those inherit it.
-for number in (signal.SIGINT, signal.SIGHUP):
-    if signal.getsignal(number) == signal.SIG_IGN:
-        signal.signal(number, lambda number, frame: None)
-
 import jax
 import pytest
 
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# In a shell's background and under nohup some signals are ignored, and would be by the processes that tests interrupt: those inherit it.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda number, frame: None)
 
 
 @pytest.fixture(autouse=True, scope="module")
