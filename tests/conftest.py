@@ -7,6 +7,7 @@ from tests.hurry import CACHE, WORTH_KEEPING, flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = flags(os.environ.get("XLA_FLAGS", ""))
+
 import jax
 import pytest
 
