@@ -128,14 +128,15 @@ if index == 0:
     server.bind((host, int(port)))
     server.listen()
     Path(seat["folder"], "listens").touch()
-    server.accept()[0].recv(1)
+    if server.accept()[0].recv(1) == b"k":  # about to be killed
+        time.sleep(120)
 else:
     while not Path(seat["folder"], "listens").exists():
         time.sleep(0.01)
-    socket.create_connection((host, int(port))).send(b"x")
     first = not (folder / "ports").exists()
     with open(folder / "ports", "a") as file:
         print(port, file=file)
+    socket.create_connection((host, int(port))).send(b"k" if first else b"x")
     if first:
         os.kill(json.loads((folder / "0.pids").read_text())[0], signal.SIGKILL)
         time.sleep(120)
