@@ -99,7 +99,8 @@ class Pod:
 
     def saved(self) -> int:
         """The last step that is saved whole, 0 for none."""
-        steps = [int(file.parent.name) for file in self.stage.glob("checkpoints/*/commit_success.txt")]
+        found = [file.parent.name for file in self.stage.glob("checkpoints/*/commit_success.txt")]
+        steps = [int(name) for name in found if name.isdigit()]  # one that is being committed has another name
         return max(
             (step for step in steps if (self.stage / f"checkpoints/{step}/_CHECKPOINT_METADATA").exists()), default=0
         )
