@@ -29,6 +29,9 @@ EXTRAS = {
     "parquet": ("pyarrow",),
     "hf": ("datasets",),
     "remote": ("fsspec", "gcsfs"),
+    "tensorboard": ("tensorboardX",),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
 }
 
 
