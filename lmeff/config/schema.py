@@ -55,6 +55,11 @@ class Stage:
     export: bool = False
 
     @property
+    def continues(self) -> bool:
+        """Whether the stage goes on with its start's own transforms and their state."""
+        return self.start is not None and self.shrink is None and not self.compress
+
+    @property
     def parents(self) -> tuple[str, ...]:
         """The earlier artifacts this stage reads."""
         teacher = self.distill.teacher if self.distill is not None else None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lmeff.doctor.check import Check, Level, Problem, gib, judge
+from lmeff.doctor.space import existing
 
 OPEN_FILES = 1024  # a checkpoint of an 8B model opens hundreds of files at once
 MAPS = 65_530  # the kernel's own default
@@ -48,9 +49,7 @@ def _xla_flags(value: str) -> Problem | None:
 def _cache(value: str) -> Problem | None:
     if "://" in value:
         return None
-    folder = Path(value)
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    folder = existing(Path(value))
     if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
         return None
     told = f"JAX_COMPILATION_CACHE_DIR={value} cannot be written: every start compiles anew"

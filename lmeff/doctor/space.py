@@ -43,8 +43,7 @@ def sizes(experiment: Experiment, shapes: Mapping[str, ModelConfig]) -> Sizes:
     policy, largest, kept, offloaded = parse(experiment.precision), 0, 0, 0
     transforms: dict[str, tuple[Transform, ...]] = {}
     for stage in experiment.recipe:
-        goes_on = stage.start is not None and stage.shrink is None and not stage.compress
-        transforms[stage.name] = transforms[stage.start] if goes_on and stage.start else stage.compress
+        transforms[stage.name] = transforms[str(stage.start)] if stage.continues else stage.compress
         specs, compression = param_specs(shapes[stage.name]), build(transforms[stage.name])
         params = abstract(specs, policy.params)
         kept += _bytes(params)

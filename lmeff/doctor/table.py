@@ -12,6 +12,7 @@ import jax
 from lmeff.config import Experiment
 from lmeff.config.loads import loads
 from lmeff.config.validate import shape_of, validate
+from lmeff.core.accelerators import hardware
 from lmeff.core.errors import UserError
 from lmeff.doctor import accelerators, environment, folder, packages, space, step
 from lmeff.doctor import devices as on_devices
@@ -47,7 +48,7 @@ class Row(NamedTuple):
 
 
 def _devices(case: Case) -> Check:
-    there = accelerators.hardware(case.root)
+    there = hardware(case.root)
     try:
         with on_devices.silent(unless=bool(there)):
             found = jax.devices()
@@ -138,19 +139,19 @@ def _installed_at() -> float:
 
 
 def _limits(case: Case) -> Check:
-    return environment.limits(environment.open_files(), case.root, tuple(accelerators.hardware(case.root)))
+    return environment.limits(environment.open_files(), case.root, tuple(hardware(case.root)))
 
 
 def _plugins(case: Case) -> Check:
-    return packages.plugins(packages.read_installed(), tuple(accelerators.hardware(case.root)))
+    return packages.plugins(packages.read_installed(), tuple(hardware(case.root)))
 
 
 def _in_use(case: Case) -> Check:
-    return accelerators.in_use(accelerators.hardware(case.root), accelerators.holders(case.root))
+    return accelerators.in_use(hardware(case.root), accelerators.holders(case.root))
 
 
 def _tpu_lock(case: Case) -> Check:
-    return accelerators.tpu_lock(accelerators.hardware(case.root), case.variables, case.root)
+    return accelerators.tpu_lock(hardware(case.root), case.variables, case.root)
 
 
 # What JAX could hang on or abort at comes after what can be known without it.

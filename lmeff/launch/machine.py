@@ -2,14 +2,14 @@
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import tyro
 
+from lmeff.core.accelerators import hardware
 from lmeff.core.errors import UsageError
 from lmeff.parallel.mesh import MeshPlan
 from lmeff.parallel.processes import join, launched
@@ -49,7 +49,8 @@ class Machine:
         if count is None or (count == 1 and not self.restarts):
             return Share(0, 0)
         if self.devices is None:
-            _refuse_chips(count, accelerators(getattr(jax.config, "jax_platforms", None)))
+            if getattr(jax.config, "jax_platforms", None) != "cpu":
+                _refuse_chips(count, hardware())
             return Share(count, _devices(count, mesh))
         if self.devices < 1 or self.devices % count:
             raise UsageError(
@@ -96,18 +97,14 @@ def _devices(count: int, mesh: MeshPlan | None) -> int:
     return wanted
 
 
-def _refuse_chips(count: int, found: str | None) -> None:
-    if found is not None:
+def _refuse_chips(count: int, found: Mapping[str, int]) -> None:
+    if found:
+        told = ", ".join(f"{chips} x {kind}" for kind, chips in found.items())
         raise UsageError(
-            f"--processes: got {count} on a machine with {found}, expected --devices too: processes of one machine have simulated CPU devices. "
+            f"--processes: got {count} on a machine with {told}, expected --devices too: processes of one machine have simulated CPU devices. "
             "To use the chips leave --processes out: one process drives all chips of a host, and on several hosts the same command is started "
             "on each with --distributed."
         )
-
-
-def accelerators(platforms: str | None, root: Path = Path("/dev")) -> str | None:
-    """The accelerators that JAX would use on these platforms (None for any), by the files of their drivers: JAX would open them to look."""
-    return None if platforms == "cpu" else next((kind for kind, file in DRIVERS.items() if any(root.glob(file))), None)
 
 
 def simulate_devices(devices: int) -> None:
@@ -121,12 +118,3 @@ def simulate_devices(devices: int) -> None:
 def this_command(words: Sequence[str], options: Iterable[object] = ()) -> list[str]:
     """The command line of this interpreter that runs `lmeff` with these words, and with `options` behind the command's name."""
     return [sys.executable, "-m", "lmeff.cli", *words[:1], *map(str, options), *words[1:]]
-
-
-# TPUs up to v4 are /dev/accel*, later ones reach user space through VFIO.
-DRIVERS = {
-    "TPU chips (/dev/accel*)": "accel[0-9]*",
-    "TPU chips (/dev/vfio)": "vfio/[0-9]*",
-    "NVIDIA GPUs (/dev/nvidia*)": "nvidia[0-9]*",
-    "AMD GPUs (/dev/kfd)": "kfd",
-}

@@ -121,8 +121,8 @@ def target(command: Plan, experiment: Experiment) -> Target:
             raise UsageError(
                 f"plan: got --compile for --chip {command.chip}, expected --chip cpu, or a topology, such as --topology v5p:4x4x4"
             )
-        simulate_devices(command.devices or asked(experiment))
-    return Target(chip("cpu" if command.chip is None else command.chip), command.devices or asked(experiment))
+        simulate_devices(command.devices or experiment.mesh.devices)
+    return Target(chip("cpu" if command.chip is None else command.chip), command.devices or experiment.mesh.devices)
 
 
 def check_slice(found: Topology, family: Chip, name: str) -> None:
@@ -133,11 +133,6 @@ def check_slice(found: Topology, family: Chip, name: str) -> None:
             f"topology: got '{name}', expected slices of at most {family.pod:,} {family.name} chips with sides up to {family.longest}; "
             "several slices are FAMILY:SHAPE:SLICES"
         )
-
-
-def asked(experiment: Experiment) -> int:
-    """How many devices the config's own mesh asks for."""
-    return experiment.mesh.devices
 
 
 def plan(command: Plan, overrides: Sequence[str], console: Console) -> Json:

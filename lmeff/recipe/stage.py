@@ -148,15 +148,10 @@ def _loaded_from(path: Path) -> str:
     return f"loaded from {path} ({describe_source(path).words})"
 
 
-def continues(stage: Stage) -> bool:
-    """Whether a stage goes on with its start's own transforms and their state."""
-    return stage.start is not None and stage.shrink is None and not stage.compress
-
-
 def recipe_of(stage: Stage, cfg: ModelConfig, earlier: Mapping[str, Recipe]) -> Recipe:
     """What is static of the artifact that a stage of this shape makes, before it is packed."""
     recipe = Recipe(transforms=stage.compress)
-    if stage.start is not None and continues(stage):
+    if stage.start is not None and stage.continues:
         recipe = earlier[stage.start]
     if stage.activations is not None:
         recipe = dataclasses.replace(recipe, numerics=stage.activations.resolve(cfg))
@@ -174,7 +169,7 @@ def starting_point(shop: Workshop, stage: Stage, earlier: Artifacts) -> Start:
     if stage.start is None and stage.load is None:
         cfg = stage.model or shop.experiment.model
         start = Start(cfg, _random(shop, cfg), recipe_of(stage, cfg, recipes))
-    elif stage.start is not None and continues(stage):
+    elif stage.start is not None and stage.continues:
         origin = earlier[stage.start]
         start = Start(origin.cfg, origin.params, recipe_of(stage, origin.cfg, recipes), origin.state, origin.ranges)
     else:

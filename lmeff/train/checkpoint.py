@@ -57,7 +57,7 @@ class Checkpointer:
         """
         leaves = _leaves(tree)
         manifest = _manifest(leaves, metadata)
-        self._finish()
+        self.wait()
         manager = self._manager(writing=True)
         steps = manager.all_steps()
         if steps and max(steps) > step:
@@ -98,21 +98,17 @@ class Checkpointer:
 
     def latest_step(self) -> int | None:
         """The latest complete step, or None. Waits for a write in flight."""
-        self._finish()
+        self.wait()
         return self._manager().latest_step() if self.directory.is_dir() else None
 
     def metadata(self) -> dict[str, Any]:
         """What `save` was given with the latest complete checkpoint; raises `CheckpointError` like `restore`."""
         return self._read_manifest(self._latest())["metadata"]
 
-    def wait(self) -> None:
-        """Returns once the last write is complete; raises `CheckpointError` where it failed."""
-        self._finish()
-
     def close(self) -> None:
         """Waits for the last write and raises `CheckpointError` where it failed."""
         try:
-            self._finish()
+            self.wait()
         finally:
             self._pool.shutdown()
             if self._orbax is not None:
@@ -146,7 +142,8 @@ class Checkpointer:
         if leads():
             seal(self.directory / str(step))
 
-    def _finish(self) -> None:
+    def wait(self) -> None:
+        """Returns once the last write is complete; raises `CheckpointError` where it failed."""
         if self._pending is None:
             return
         (step, future), self._pending = self._pending, None

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from lmeff.cli import main
 from lmeff.config import Experiment, ModelConfig, preset
-from lmeff.doctor import accelerators, hosts, step
 from lmeff.doctor import examine as examination
+from lmeff.doctor import hosts, step, table
 from lmeff.doctor.check import Check
 from lmeff.launch import launch
 
@@ -35,7 +35,7 @@ def trial():
 def quick(monkeypatch, trial):
     """Steps that were taken before, on a machine without accelerators."""
     monkeypatch.setattr(step, "attempt", lambda *given: trial)
-    monkeypatch.setattr(accelerators, "hardware", lambda root: {})
+    monkeypatch.setattr(table, "hardware", lambda root: {})
 
 
 @pytest.fixture

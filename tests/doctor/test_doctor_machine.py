@@ -15,6 +15,7 @@ import pytest
 
 from lmeff.config import Experiment, Quantize, Stage, TrainConfig, preset
 from lmeff.config.validate import validate
+from lmeff.core.accelerators import hardware
 from lmeff.core.errors import UsageError
 from lmeff.doctor import accelerators, devices, environment, folder, space
 from lmeff.doctor.packages import Package
@@ -342,7 +343,7 @@ def machine(root, *, names=(), pci=(), processes=()):
     ids=["none", "accel", "v5e", "other_vfio", "nvidia", "amd"],
 )
 def test_accelerators_as_the_operating_system_shows_them(tmp_path, names, pci, found):
-    assert accelerators.hardware(machine(tmp_path, names=names, pci=pci)) == found
+    assert hardware(machine(tmp_path, names=names, pci=pci)) == found
 
 
 @pytest.mark.parametrize(

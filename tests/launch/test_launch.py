@@ -7,13 +7,14 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import pytest
 
+from lmeff.core.accelerators import hardware
 from lmeff.core.errors import UsageError
 from lmeff.launch import Machine, Stopped, launch
-from lmeff.launch.machine import accelerators
 from lmeff.parallel import processes
 from lmeff.parallel.mesh import MeshPlan
 from lmeff.parallel.processes import VARIABLE
@@ -249,21 +250,23 @@ def test_processes_share_the_devices_of_the_mesh(machine, mesh, share):
 
 
 def test_chips_are_not_left_idle_unasked(tmp_path, monkeypatch):
-    assert accelerators(None, tmp_path) is None
-    (tmp_path / "vfio").mkdir()
-    (tmp_path / "vfio/vfio").touch()  # is there on any machine
-    assert accelerators(None, tmp_path) is None
-    (tmp_path / "nvidiactl").touch()
-    (tmp_path / "nvidia0").touch()
-    assert accelerators("cpu", tmp_path) is None
-    found = accelerators(None, tmp_path)
-    assert found == "NVIDIA GPUs (/dev/nvidia*)"
-    monkeypatch.setattr("lmeff.launch.machine.accelerators", lambda platforms: found)
+    (tmp_path / "dev/vfio").mkdir(parents=True)
+    (tmp_path / "dev/vfio/vfio").touch()  # is there on any machine
+    (tmp_path / "dev/vfio/7").touch()  # a group that is no TPU
+    assert hardware(tmp_path) == {}
+    (tmp_path / "dev/nvidiactl").touch()
+    (tmp_path / "dev/nvidia0").touch()
+    assert hardware(tmp_path) == {"NVIDIA": 1}
+    monkeypatch.setattr("lmeff.launch.machine.hardware", lambda: hardware(tmp_path))
+    platforms = SimpleNamespace(jax_platforms=None)
+    monkeypatch.setattr("lmeff.launch.machine.jax", SimpleNamespace(config=platforms))
     with pytest.raises(
-        UsageError, match=r"got 4 on a machine with NVIDIA GPUs .*expected --devices too.*--distributed"
+        UsageError, match=r"got 4 on a machine with 1 x NVIDIA, .*expected --devices too.*--distributed"
     ):
         Machine(processes=4).share(MeshPlan())
     assert Machine(processes=4, devices=4).share(MeshPlan()) == (4, 4)
+    platforms.jax_platforms = "cpu"
+    assert Machine(processes=4).share(MeshPlan()) == (4, 4)
 
 
 def test_a_host_of_a_pod_that_was_not_told_is_refused(monkeypatch):

@@ -168,7 +168,7 @@ def test_a_write_that_fails_is_reported_and_costs_nothing_else(tmp_path):
         c.save(1, {"x": jnp.ones(3)}, {})
     c = Checkpointer(tmp_path, keep=2)
     c.save(2, {"x": jnp.ones(3)}, {})
-    c._finish()
+    c.wait()
     c._pending = (3, c._pool.submit(lambda: (_ for _ in ()).throw(OSError(28, "No space left on device"))))
     with pytest.raises(
         CheckpointError, match=r"step 3 could not be saved .*No space left.*Earlier checkpoints are untouched"
