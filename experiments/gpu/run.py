@@ -63,7 +63,7 @@ class Options:
     rows: int = 16
     tokens: int = 1024
     steps: int = 10
-    sizes: tuple[tuple[int, int, int], ...] = ((1, 2048, 8192), (16, 2048, 8192), (512, 1024, 2048))
+    sizes: tuple[tuple[int, int, int], ...] = ((1, 2048, 8192), (16, 2048, 8192), (512, 1024, 2048), (3, 43, 70))
 
 
 TINY = Options(
@@ -77,7 +77,7 @@ TINY = Options(
     rows=2,
     tokens=16,
     steps=2,
-    sizes=((5, 64, 96),),
+    sizes=((5, 64, 96), (3, 43, 70)),
 )
 
 

@@ -11,6 +11,8 @@ Where the plain form moves more than the codes and nothing better is to be had, 
 | gpu | codes of activations by weights of at most 4 bits | widened | XLA fails on some of them otherwise (one token; jaxlib 0.11.2) |
 | others | all | plain | no kernel is written |
 
+The plain form of codes by codes is `core.packed`, which on NVIDIA GPUs goes by way of bfloat16.
+
 What XLA for TPUs does is seen in compiled programs (`tests/kernels/test_kernels_compile.py`), not in times.
 """
 

@@ -152,7 +152,7 @@ def train(job: Job, state: TrainState, *, progress: Progress, resume: bool) -> t
 
     Raises `CheckpointError` where there is one but `resume` is not set (its steps would be mixed with those of another run), `Diverged` where
     the loss stops being a number, `Preempted` where the process was told to stop: the last step is saved then. Stopped or killed at any moment
-    and resumed on the same mesh, a run ends bit for bit as if it had not been.
+    and resumed on the same mesh, a run ends bit for bit as if it had not been; on GPUs where `--xla_gpu_deterministic_ops` tells XLA to add in a fixed order.
     """
     with Checkpointer(job.directory / "checkpoints", keep=job.config.keep) as checkpointer:
         latest, line = checkpointer.latest_step(), None

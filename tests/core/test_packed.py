@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lmeff.core.numerics import dequantize, parse_format, quantize
 from lmeff.core.ops import Numerics, make_einsum
+from lmeff.core.packed import floating_sums, integer_sums, packed_einsum
 
 EQUATIONS = {
     "BTD,DHC->BTHC": ((2, 5, 40), (40, 4, 8)),
@@ -40,3 +42,26 @@ def test_packed_equals_fake_quantized(equation):
         for activation, (integer, fake) in zip(ACTIVATIONS, products(x, packed, ranges), strict=True):
             error = float(jnp.max(jnp.abs(integer - fake)) / jnp.max(jnp.abs(fake)))
             assert error < 1e-6, (weight, activation, error)
+
+
+@pytest.mark.parametrize("inner", [1, 43, 1024])
+def test_codes_as_numbers_have_the_same_sums(inner):
+    x, w = (
+        jax.random.randint(jax.random.key(i), s, -127, 128, jnp.int8) for i, s in enumerate(((3, inner), (inner, 7)))
+    )
+    largest = jnp.full((1, inner), 127, jnp.int8)
+    for left, right in ((x, w), (largest, largest.T)):
+        integer, floating = (sums("NI,IO->NO", left, right) for sums in (integer_sums, floating_sums))
+        assert integer.dtype == floating.dtype == jnp.int32
+        np.testing.assert_array_equal(integer, floating)
+
+
+@pytest.mark.parametrize(("platform", "multiplied"), [("cpu", "xi8>"), ("tpu", "xi8>"), ("cuda", "xbf16>")])
+def test_what_a_platform_multiplies(platform, multiplied):
+    """Seen in what is given to XLA, no device of the platform needed."""
+    x = quantize(jnp.ones((2, 43)), parse_format("int8"), (-1,))
+    w = quantize(jnp.ones((43, 16)), parse_format("int4/g8"), (-2,))
+    lowered = jax.jit(lambda x, w: packed_einsum("NI,IO->NO", x, w)).trace(x, w).lower(lowering_platforms=(platform,))
+    products = [line for line in lowered.as_text().splitlines() if "dot_general" in line]
+    assert products
+    assert all(line.count(multiplied) == 2 for line in products), products
