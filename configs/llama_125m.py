@@ -2,12 +2,12 @@ r"""A Llama of 124 million parameters from scratch on one host of 4 TPU v5e chip
 
 v5e-4 (v5litepod-4: 4 chips, 2x2, one host)
 lmeff plan configs/llama_125m.py --topology v5e:2x2
-    9.58 of 15.8 GiB a chip; 406 k tokens/s (236 k to 753 k), MFU 44%; 1 h 43 min, 7 chip-hours
+    12.4 of 15.8 GiB a chip; 406 k tokens/s (236 k to 753 k), MFU 44%; 1 h 43 min, 7 chip-hours
 tpu_scripts/launch.sh --type v5litepod-4 --topology v5e:2x2 --runs /mnt/runs configs/llama_125m.py
 
 v6e-1 (1 chip)
 lmeff plan configs/llama_125m.py --topology v6e:1x1 --mesh.fsdp 1 --train.accumulate 4
-    11.3 of 31.2 GiB a chip; 354 k tokens/s (215 k to 709 k), MFU 33%; 1 h 58 min, 2 chip-hours
+    14.1 of 31.2 GiB a chip; 354 k tokens/s (215 k to 709 k), MFU 33%; 1 h 58 min, 2 chip-hours
 tpu_scripts/launch.sh --type v6e-1 --topology v6e:1x1 --runs /mnt/runs configs/llama_125m.py -- --mesh.fsdp 1 --train.accumulate 4
 
 A rehearsal without a TPU: the same stages and files, of a model that is too small to learn, in four processes of one machine.

@@ -2,17 +2,17 @@
 
 v5e-16 (v5litepod-16: 16 chips, 4x4)
 lmeff plan configs/llama_1b.py --topology v5e:4x4
-    8.84 of 15.8 GiB a chip; 189 k tokens/s (106 k to 314 k), MFU 49%; 36 h 41 min, 587 chip-hours
+    11.0 of 15.8 GiB a chip; 189 k tokens/s (106 k to 314 k), MFU 49%; 36 h 41 min, 587 chip-hours
 tpu_scripts/launch.sh --type v5litepod-16 --runs /mnt/runs configs/llama_1b.py
 
 v6e-16 (16 chips, 4x4)
 lmeff plan configs/llama_1b.py --topology v6e:4x4
-    8.84 of 31.2 GiB a chip; 741 k tokens/s (407 k to 1449 k), MFU 41%; 9 h 22 min, 150 chip-hours
+    11.0 of 31.2 GiB a chip; 741 k tokens/s (407 k to 1449 k), MFU 41%; 9 h 22 min, 150 chip-hours
 tpu_scripts/launch.sh --type v6e-16 --runs /mnt/runs configs/llama_1b.py
 
 v5p-64 (64 TensorCores: 32 chips, 2x4x4)
 lmeff plan configs/llama_1b.py --topology v5p:2x4x4 --mesh.fsdp 32
-    4.53 of 95.7 GiB a chip; 912 k tokens/s (508 k to 1463 k), MFU 51%; 7 h 37 min, 244 chip-hours
+    5.63 of 95.7 GiB a chip; 912 k tokens/s (508 k to 1463 k), MFU 51%; 7 h 37 min, 244 chip-hours
 tpu_scripts/launch.sh --type v5p-64 --runs /mnt/runs configs/llama_1b.py -- --mesh.fsdp 32
 
 Nothing of this has been measured on a TPU: the numbers are the plan's, tokens a second with the range in which they may lie.

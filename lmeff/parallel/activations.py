@@ -27,9 +27,11 @@ from lmeff.models.attention import SHORT, attention, form_of
 from lmeff.models.config import ModelConfig, MoE
 from lmeff.models.moe import row_capacity
 from lmeff.models.remat import HOST, parse, wrapper
+from lmeff.models.splash import LANES
 from lmeff.models.transformer import ROUTER, block, param_specs, sites
 from lmeff.parallel.mesh import BATCH_AXES, Layout, MeshPlan, plan_layout
 
+HEAD = ("C", "r", "s", "c")  # letters of a head's channels
 ORDER = ("none", "dots", "names", "save:attn_out", "full")  # from least to most recomputation
 
 
@@ -41,7 +43,12 @@ def kept_bytes(remat: str, cfg: ModelConfig, layout: Layout, rows: int, tokens: 
 def layer_bytes(remat: str, cfg: ModelConfig, layout: Layout, rows: int, tokens: int, dtype: Any) -> int:
     """Of one layer. What waits in the host's memory is not counted, but on the CPU, which has only that."""
     sizes, arrays = local_sizes(cfg, layout, rows, tokens), kept_arrays(remat, cfg, layout, tokens, dtype)
-    return sum(array.bytes(sizes) for array in arrays if not array.host or layout.platform == "cpu")
+    filled = stored_sizes(sizes, layout.platform)
+    return sum(
+        array.bytes(filled if array.of_heads else sizes)
+        for array in arrays
+        if not array.host or layout.platform == "cpu"
+    )
 
 
 def offloaded_bytes(remat: str, cfg: ModelConfig, layout: Layout, rows: int, tokens: int, dtype: Any) -> int:
@@ -61,6 +68,11 @@ class Kept(NamedTuple):
     dims: tuple[str, ...]
     itemsize: int
     host: bool = False
+
+    @property
+    def of_heads(self) -> bool:
+        """Whether the last dim is a head's channels, or those of them that turn or do not."""
+        return self.dims[-1] in HEAD
 
     def bytes(self, sizes: Mapping[str, int]) -> int:
         """On a device where letters have these sizes."""
@@ -84,6 +96,12 @@ def local_sizes(cfg: ModelConfig, layout: Layout, rows: int, tokens: int) -> dic
     turned = cfg.rotary_size
     sizes |= {"G": sizes["H"] // sizes["K"], "c": turned // 2, "r": turned, "s": cfg.head_size - turned}
     return sizes if cfg.moe is None else sizes | _expert_sizes(cfg, sizes, shape["expert"], tokens)
+
+
+def stored_sizes(sizes: Mapping[str, int], platform: str) -> dict[str, int]:
+    """The sizes of letters in arrays that end with a head's channels: on a TPU these fill whole vectors, so that a head of 64 takes as much as one of 128."""
+    whole = {letter: -(-sizes[letter] // LANES) * LANES for letter in HEAD}
+    return {**sizes, **whole} if platform == "tpu" else {**sizes}
 
 
 def _expert_sizes(cfg: ModelConfig, sizes: Mapping[str, int], devices: int, tokens: int) -> dict[str, int]:

@@ -54,9 +54,14 @@ class Topology(NamedTuple):
     slices: int = 1
 
     @property
+    def chips(self) -> int:
+        """How many chips a slice has."""
+        return math.prod(map(int, self.shape.split("x")))
+
+    @property
     def devices(self) -> int:
         """How many devices it has."""
-        return math.prod(map(int, self.shape.split("x"))) * FAMILIES[self.family].cores * self.slices
+        return self.chips * FAMILIES[self.family].cores * self.slices
 
 
 def parse_topology(name: str) -> Topology:
@@ -85,6 +90,8 @@ def topology(name: str) -> list[Any]:
     options = dict(FAMILIES[wanted.family].options)
     if wanted.slices > 1:
         options["num_slices"] = wanted.slices
+    if wanted.chips == 1:  # a host of one chip; by default those of four are asked for
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         found = topologies.get_topology_desc(f"{wanted.family}:{wanted.shape}", "tpu", **options)
     except jax.errors.JaxRuntimeError as error:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 
 from lmeff.models.config import ModelConfig
-from lmeff.parallel.activations import layer_bytes, local_sizes
+from lmeff.parallel.activations import layer_bytes, local_sizes, stored_sizes
 from lmeff.parallel.members import Leaf, leaves_of
 from lmeff.parallel.mesh import ZERO_AXIS, Layout
 from lmeff.parallel.program import SlotCounts, slots
@@ -135,8 +135,8 @@ class Part:
         return sum(leaf.elements / leaf.layers for leaf in self.leaves if leaf.routed and leaf.is_matmul)
 
     def bytes(self, live: Live) -> float:
-        """Of the arrays of a table."""
-        return total(live, self.sizes, self.device.narrow)
+        """Of the arrays of a table, of which only those of heads have the letter C, their last."""
+        return total(live, stored_sizes(self.sizes, self.device.layout.platform), self.device.narrow)
 
     def kept(self, remat: str) -> float:
         """Bytes of one layer, from its forward to its backward pass."""

@@ -40,7 +40,7 @@ def test_devices_of_the_host_keep_their_order():
 
 @pytest.mark.tpu_aot
 @needs_libtpu
-@pytest.mark.parametrize("name", ["v4:2x2x4", "v5e:4x4", "v5e:4x4:2", "v5p:4x4x4", "v6e:4x4", "tpu7x:2x2x4"])
+@pytest.mark.parametrize("name", ["v4:2x2x4", "v5e:4x4", "v5e:4x4:2", "v5p:4x4x4", "v6e:4x4", "v6e:1x1", "tpu7x:2x2x4"])
 def test_devices_of_a_topology(name):
     devices, wanted = topology(name), parse_topology(name)
     assert len(devices) == wanted.devices

@@ -105,6 +105,10 @@ TPU = {
         "v5e:4x4", MeshPlan(fsdp=16), sized(SMALL, vocab=32768, layers=4, heads=16), rows_each=1
     ),
     "v5e fsdp 4": tpu("v5e:2x2", MeshPlan(fsdp=4)),
+    "v5e fsdp 4, heads of 64": tpu("v5e:2x2", MeshPlan(fsdp=4), sized(SMALL, heads=16, kv_heads=8, head_width=64)),
+    "v6e 1, heads of 64, names": tpu(
+        "v6e:1x1", MeshPlan(), sized(SMALL, layers=4, heads=16, kv_heads=16, head_width=64), remat="names"
+    ),
     "v5e data 4": tpu("v5e:2x2", MeshPlan(data=4), sized(SMALL, layers=4)),
     "v6e fsdp 4, 16 layers, dots": tpu("v6e:2x2", MeshPlan(fsdp=4), sized(SMALL, layers=16), remat="dots"),
     "v5p fsdp 4": tpu("v5p:2x2x1", MeshPlan(fsdp=4)),
