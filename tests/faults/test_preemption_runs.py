@@ -25,6 +25,12 @@ if "PLACE" in os.environ:  # MODULE:FUNCTION:N: the Nth call is told to stop
 
     setattr(module, name, hook)
 """
+RUN = """
+import sys
+from lmeff.cli import main
+
+sys.exit(main(sys.argv[1:]))
+"""
 RECIPE = """
             Stage(name="a", steps=9),
             Stage(
@@ -89,6 +95,33 @@ def test_one_command_told_everywhere(tmp_path):
     assert trace(tmp_path / "runs/told") == trace(tmp_path / "runs/whole")
     losses = [[row["loss"] for row in json.loads(text)["artifacts"]] for text in (out, again)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_commands_that_only_read_end_with_42_and_leave_nothing(tmp_path):
+    """Each is told in the middle of its work, and the same command then does it."""
+    code, _, err = finish(command("train", config_of(tmp_path, 'Stage(name="a", steps=1),'), "--devices", "1"))
+    assert code == 0, err
+    run, exported, imported = tmp_path / "runs/small", tmp_path / "exported", tmp_path / "imported"
+    places = {
+        f"eval {run}": "lmeff.commands.evaluate:evaluate:1",
+        f"generate {run} --prompt the --max-tokens 4": "lmeff.commands.generate:generate:1",
+        f"bench decode {run} --context 4 --tokens 2 --turns 1": "lmeff.commands.bench:make_variants:1",
+        f"export {run} {exported}": "lmeff.recipe.transfer:tokenizer_files:1",
+        f"import {exported} {imported}": "lmeff.core.files:refuse_existing:2",  # all is written, and not in its place yet
+    }
+    for line, place in places.items():
+        words = line.split()
+        code, told, err = finish(command(*words, "--json", script=HOOK + RUN, PLACE=place))
+        assert (code, json.loads(told)["exit_code"]) == (42, 42), (words, err)
+        assert "lmeff: told to stop (SIGTERM)" in err, words
+        assert "Traceback" not in err, words
+        assert not exported.exists() or words[0] == "import", words
+        assert not imported.exists(), words
+        assert not [*tmp_path.glob(".*")], words
+        code, _, err = finish(command(*words, "--json"))
+        assert code == 0, (words, err)
+    assert imported.exists()
 
 
 SLOW = """
