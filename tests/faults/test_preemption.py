@@ -167,6 +167,25 @@ def test_the_command_line_ends_with_42(tmp_path):
     assert '"exit_code": 42' in done.stdout
 
 
+def test_what_a_told_command_ended_by_is_told():
+    """It may be a library's word for the interruption, or a mistake that the next start meets again."""
+    block = """
+import sys
+from lmeff import cli
+from lmeff.parallel import preemption
+
+def broken(words, as_json):
+    preemption._told.set()
+    raise ValueError("no such shape\\nand more")
+
+cli._main = broken
+sys.exit(cli.main(["doctor"]))
+"""
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 42
+    assert done.stderr.splitlines()[-1] == f"lmeff: {preemption.STOPPED} (ended by ValueError: no such shape)"
+
+
 @pytest.mark.parametrize(("number", "code", "told"), [("SIGTERM", 42, "told to stop"), ("SIGINT", 130, "interrupted")])
 def test_a_compilation_in_the_background_does_not_spoil_the_end(tmp_path, number, code, told):
     """The main thread waits for XLA's and leaves it behind; an interpreter that ended in order would crash under it."""
