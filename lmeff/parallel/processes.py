@@ -27,6 +27,10 @@ from lmeff.core.files import write_text
 
 VARIABLE = "LMEFF_LAUNCHED"  # in the environment of a process that `lmeff.launch` started: its `Seat` as JSON
 LAST = 6.0  # seconds that the other hosts of a cluster have to leave before process 0: JAX aborts whoever loses its coordinator
+NOTICE, JOINING = (
+    20.0,
+    300.0,
+)  # seconds until it is told that the other hosts of a cluster are waited for, and until they are no longer
 PATIENCE = 24 * 3600  # seconds at a barrier: one process may prepare data for all. A peer's death ends it sooner.
 
 _barriers = itertools.count()
@@ -78,13 +82,34 @@ def join(*, cluster: bool) -> None:
             coordinator_bind_address=seat.coordinator,
         )
     elif cluster:
+        come = threading.Event()
+        threading.Thread(target=_wait_for_hosts, args=(come,), daemon=True).start()
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(initialization_timeout=int(JOINING) + 60)  # then JAX aborts, with a trace
         except ValueError as error:
             raise UsageError(
                 f"--distributed: JAX finds no cluster here ({error}); expected a TPU pod, Slurm, Kubernetes or Open MPI, with the same command "
                 "started on every host. On one machine leave it out, or use --processes."
             ) from error
+        finally:
+            come.set()
+
+
+def _wait_for_hosts(come: threading.Event) -> None:
+    """Tells that this host waits for others, and ends the process where they do not come: the main thread is inside JAX, which would abort."""
+    if come.wait(NOTICE):
+        return
+    print(
+        "lmeff: waiting for the other hosts; --distributed is to be started on every one of them",
+        file=sys.stderr,
+        flush=True,
+    )
+    if not come.wait(JOINING - NOTICE):
+        leave(
+            f"--distributed: not all hosts came within {JOINING:.0f} s, expected the same command on every one at about the same time. Look for a host that "
+            "does not run it, or that cannot reach the first by its name and port.",
+            1,
+        )
 
 
 def joined() -> bool:

@@ -114,6 +114,26 @@ def test_a_cluster_that_jax_detects_is_joined(single):
     equals_single(single, "cluster", out)
 
 
+@pytest.mark.parametrize("index", ["0", "1"])
+def test_a_host_that_is_alone_says_so_and_ends(index):
+    """Started on one host of two, the one that the others join or another."""
+    script = """
+import sys
+from lmeff.cli import main
+from lmeff.parallel import processes
+
+processes.NOTICE, processes.JOINING = 0.5, 2.0
+sys.exit(main(sys.argv[1:]))
+"""
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_LOCALID": index}
+    alone = slurm | {"SLURM_PROCID": index, "JAX_COORDINATOR_PORT": free_port()}
+    code, out, err = finish(command("doctor", "--distributed", script=script, **alone))
+    assert (code, out) == (1, ""), err
+    assert "lmeff: waiting for the other hosts; --distributed is to be started on every one of them" in err
+    assert "not all hosts came within 2 s, expected the same command on every one" in err.splitlines()[-1]
+    assert "stack trace" not in err
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
