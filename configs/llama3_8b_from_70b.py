@@ -2,12 +2,12 @@ r"""Llama-3-8B trained on with Llama-3-70B as its teacher, whose weights lie pac
 
 v5p-64 (64 TensorCores: 32 chips, 2x4x4)
 lmeff plan configs/llama3_8b_from_70b.py --topology v5p:2x4x4
-    61.9 of 95.7 GiB a chip; 47.7 k tokens/s (26.7 k to 69.6 k), MFU 17%, HFU 68%; 12 h 13 min, 391 chip-hours
+    60.9 of 95.7 GiB a chip; 47.7 k tokens/s (26.7 k to 69.6 k), MFU 17%, HFU 68%; 12 h 13 min, 391 chip-hours
 tpu_scripts/launch.sh --type v5p-64 --runs /mnt/runs configs/llama3_8b_from_70b.py
 
 v6e-16 (16 chips, 4x4)
 lmeff plan configs/llama3_8b_from_70b.py --topology v6e:4x4 --mesh.fsdp 16 --train.batch 16 --train.remat save:attn_out
-    18.2 of 31.2 GiB a chip; 44.6 k tokens/s (18.4 k to 68.4 k), MFU 16%, HFU 65%; 1 h 38 min, 26 chip-hours
+    17.6 of 31.2 GiB a chip; 44.6 k tokens/s (18.4 k to 68.4 k), MFU 16%, HFU 65%; 1 h 38 min, 26 chip-hours
 tpu_scripts/launch.sh --type v6e-16 --runs /mnt/runs configs/llama3_8b_from_70b.py -- \
     --mesh.fsdp 16 --train.batch 16 --train.remat save:attn_out
 

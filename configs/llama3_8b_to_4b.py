@@ -2,8 +2,8 @@ r"""Llama-3-8B cut to 5.2 billion parameters, taught by the whole model, then ta
 
 v5p-64 (64 TensorCores: 32 chips, 2x4x4)
 lmeff plan configs/llama3_8b_to_4b.py --topology v5p:2x4x4
-    small: 39.6 of 95.7 GiB a chip; 163 k tokens/s (92.0 k to 247 k), MFU 38%, HFU 66%; 3 h 34 min, 114 chip-hours
-    qat: 39.6 of 95.7 GiB a chip; 162 k tokens/s (91.6 k to 247 k), MFU 38%, HFU 66%; 3 h 35 min, 115 chip-hours
+    small: 39.3 of 95.7 GiB a chip; 163 k tokens/s (92.0 k to 247 k), MFU 38%, HFU 66%; 3 h 34 min, 114 chip-hours
+    qat: 39.3 of 95.7 GiB a chip; 162 k tokens/s (91.6 k to 247 k), MFU 38%, HFU 66%; 3 h 35 min, 115 chip-hours
 tpu_scripts/launch.sh --type v5p-64 --runs /mnt/runs configs/llama3_8b_to_4b.py
 
 v6e-16 (16 chips, 4x4)

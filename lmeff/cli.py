@@ -106,8 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed("interrupted; the same command goes on from the last checkpoint", INTERRUPTED, as_json)
     except Exception as error:
         if told():  # peers that left already, or a library that wraps what it is interrupted by
-            first = next(iter(str(error).splitlines()), "")
-            return _failed(f"{STOPPED} (ended by {type(error).__name__}: {first})", Preempted.exit_code, as_json)
+            first = traceback.format_exception_only(error)[0].splitlines()[0]
+            return _failed(f"{STOPPED} (ended by {first})", Preempted.exit_code, as_json)
         if processes.launched() is None and not processes.joined():
             raise
         return _failed(f"failed\n{traceback.format_exc()}", 1, as_json)

@@ -17,7 +17,6 @@ from lmeff.config.overrides import resolve
 from lmeff.interop.config_json import config_of
 from lmeff.interop.families import FAMILIES
 from lmeff.models.config import PRESETS
-from lmeff.plan.device import Device
 from lmeff.plan.phases import TEACHING
 from lmeff.plan.predict import predict
 from lmeff.plan.sizing import BESIROGLU
@@ -31,8 +30,9 @@ SHOWN = [plan for file in FILES for plan in plans(file)]
 SLICES = {"v5litepod-4": "v5e:2x2", "v5litepod-16": "v5e:4x4", "v6e-1": "v6e:1x1", "v6e-16": "v6e:4x4", "v5p-64": "v5p:2x4x4"}  # fmt: skip
 NAMED = {**SLICES, "v5p-128": "v5p:4x4x4", "v5p-1024": "v5p:8x8x8"}  # of several shapes: --topology says which
 LLAMA = {"llama3_8b", "llama3_8b_continued", "llama3_8b_qat", "llama3_8b_to_4b", "llama3_8b_from_70b"}
-UNDER, OVER = 0.15, 0.20  # how far the planner may be off what is live on a TPU (experiments/planner_vs_compiler)
-MARGIN = 1 - UNDER
+ERROR = 0.15  # of what the planner says of a TPU's memory (experiments/planner_vs_compiler)
+MARGIN = 1 - ERROR
+MISSES = {("llama_1b", "v5p:2x4x4"): 0.16}  # too much: its ffn never holds all arrays of the table at once
 SECONDS = 5
 
 # What config.json of meta-llama/Meta-Llama-3-8B and -70B says on Hugging Face.
@@ -194,14 +194,10 @@ def length(plan):
     return f"{hours / 24:.2g} d" if hours >= 48 else f"{hours:.2g} h"
 
 
-def apart(job, peak):
-    """Bytes that the plan adds and XLA need not: weights of a teacher's layer may be multiplied as they arrive, and what the student keeps is not there
-    yet where the teacher runs first."""
-    made, device = peak.temporaries, Device(job=job)
-    if TEACHING not in made:
-        return 0
-    layer = device.narrow * device.teacher.layer
-    return layer + min(made["kept activations"], made[TEACHING] - layer)
+def apart(peak):
+    """Bytes that the plan adds, as XLA does at full depth. Of four layers it may run the teacher first, when the student keeps nothing yet."""
+    made = peak.temporaries
+    return min(made["kept activations"], made[TEACHING]) if TEACHING in made else 0
 
 
 # What stands for the others, at a minute or two each: every slice of Llama-3-8B, a plain step, one with a packed teacher, and one that is pruned, taught
@@ -233,6 +229,7 @@ def test_it_compiles_at_four_layers_and_fits_at_full_depth(plan, position):
         made = verify(part.job, where.name, part.peak)
     assert made.arguments == pytest.approx(state_bytes(part.job), rel=0.001)
     live = next(row for row in made.rows if row.name == "live at the peak")
-    assert live.compiled * (1 - UNDER) < live.predicted, live
-    assert live.predicted - apart(part.job, part.peak) < live.compiled * (1 + OVER), live
+    assert live.predicted > (1 - ERROR) * live.compiled, live
+    over = MISSES.get((plan.file.stem, where.name), ERROR)
+    assert live.predicted - apart(part.peak) < (1 + over) * live.compiled, live
     assert whole.peak.total + max(live.compiled - live.predicted, 0) < whole.capacity

@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--turns", type=int, default=40, help="of each kind, an even number")
     parser.add_argument("--steps", type=int, default=20, help="steps in a turn")
-    parser.add_argument("--json", type=Path, default=Path(tempfile.mkdtemp()) / "results.jsonl")
+    parser.add_argument("--json", type=Path, help="file to append a line of results to for each count")
     args = parser.parse_args()
     if launched():
         listen(lambda: join(cluster=False), lambda why: os._exit(42))
@@ -111,23 +111,22 @@ def main() -> None:
             with args.json.open("a") as file:
                 file.write(json.dumps(found) + "\n")
         return
-    before = len(read(args.json))
-    shape = ["--turns", str(args.turns), "--steps", str(args.steps), "--json", str(args.json)]
-    with signals() as received:
+    with signals() as received, tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "results.jsonl"
+        shape = ["--turns", str(args.turns), "--steps", str(args.steps), "--json", str(file)]
         for count in args.processes:
             attempt([sys.executable, __file__, *shape], count, received)
+        lines = file.read_text()
+    if args.json:
+        with args.json.open("a") as kept:
+            kept.write(lines)
     table = Table("processes", "device", "ms a step", "asking", "ratio", "quartiles of pairs", "a call, us")
-    for found in read(args.json)[before:]:
+    for found in map(json.loads, lines.splitlines()):
         low, high = found["quartiles_of_pairs"]
         numbers = (f"{found[name]:.3f}" for name in ("ms_without", "ms_asking", "ratio"))
         ends = (f"{low:.3f} to {high:.3f}", f"{found['us_per_call']:.1f}")
         table.add_row(str(found["processes"]), found["device"], *numbers, *ends)
     Console().print(table)
-
-
-def read(file: Path) -> list[Record]:
-    """The records of a file, none where there is none."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 if __name__ == "__main__":

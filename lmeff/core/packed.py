@@ -56,9 +56,12 @@ def packed_einsum(equation: str, x: QTensor, w: QTensor) -> jax.Array:
 def _scaled(x: _Operand, w: _Operand, out: str, inner: str, count: jax.Array) -> jax.Array:
     """The integer sum of `(qx - zx)(qw - zw)` over `inner`, times both scales, in the letters of `out`."""
     equation = f"{x.letters},{w.letters}->{out}"
-    forms = {"default": integer_sums, "cuda": floating_sums}
-    forms = {platform: functools.partial(form, equation) for platform, form in forms.items()}
-    steps = jax.lax.platform_dependent(x.codes, w.codes, **forms)
+    steps = jax.lax.platform_dependent(
+        x.codes,
+        w.codes,
+        default=functools.partial(integer_sums, equation),
+        cuda=functools.partial(floating_sums, equation),
+    )
     zero_x, zero_w = _zero(x, out), _zero(w, out)
     if zero_x is not None:
         steps = steps - zero_x * _sum_out(w, inner, out)

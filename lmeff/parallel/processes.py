@@ -27,10 +27,8 @@ from lmeff.core.files import write_text
 
 VARIABLE = "LMEFF_LAUNCHED"  # in the environment of a process that `lmeff.launch` started: its `Seat` as JSON
 LAST = 6.0  # seconds that the other hosts of a cluster have to leave before process 0: JAX aborts whoever loses its coordinator
-NOTICE, JOINING = (
-    20.0,
-    300.0,
-)  # seconds until it is told that the other hosts of a cluster are waited for, and until they are no longer
+NOTICE = 20.0  # seconds until it is told that the other hosts of a cluster are waited for
+JOINING = 300.0  # seconds until they are no longer waited for
 PATIENCE = 24 * 3600  # seconds at a barrier: one process may prepare data for all. A peer's death ends it sooner.
 
 _barriers = itertools.count()

@@ -50,16 +50,21 @@ def _layer_weights(device: Device, part: Part) -> Bytes:
         # A loop over blocks of rows adds up the gradients of experts, all of them, in float32.
         more = part.experts * FLOAT if part.cfg.moe is not None and part.cfg.moe.capacity is None else 0
         return {"gathered weights": device.narrow * part.layer, "block": more}
-    own = part.sizes["H"] * part.cfg.head_size * part.cfg.width  # attention's last matrix, gathered
+    own, one = _matrices(part)
     if device.region or part.elements(held=True) == part.elements(held=False):
         return {"gathered weights": device.narrow * part.layer}
     if arrives(device.layout):  # gradients go round as float32 parts, two at a time
-        one = 0 if part.saved.everything else part.sizes["F"] * part.cfg.width  # a matrix of the ffn, gathered
+        gathered = own if part.saved.everything else own + one
         parts = 2 * FLOAT * part.layer / device.job.degrees[ZERO_AXIS]
-        return {"gathered weights": device.narrow * (own + one) + parts}
+        return {"gathered weights": device.narrow * gathered + parts}
     ffn = sum(leaf.elements / leaf.layers for leaf in part.leaves if leaf.path.split("/")[1:2] in (["mlp"], ["moe"]))
     # Gradients of the ffn are whole until they are reduced.
     return {"gathered weights": device.narrow * own, "gradients": FLOAT * ffn}
+
+
+def _matrices(part: Part) -> tuple[int, int]:
+    """Elements of the matrices that are gathered though others are multiplied as they arrive: attention's last one, and one of the ffn."""
+    return part.sizes["H"] * part.cfg.head_size * part.cfg.width, part.sizes["F"] * part.cfg.width
 
 
 def _compression(device: Device) -> Bytes:
@@ -126,16 +131,18 @@ def _chunk(device: Device) -> Bytes:
 
 
 def teaching(device: Device) -> Bytes:
-    """A layer of the teacher, going forward while the student's activations are kept."""
+    """A layer of the teacher, going forward while the student's activations are kept.
+
+    So XLA orders it at full depth; of four layers it may run the teacher first.
+    """
     student, teacher = device.student, device.teacher
     if teacher is None:
         return {}
     kept = {"kept activations": student.layers * student.kept(device.remat)}
-    own = {
-        TEACHING: teacher.bytes(ffn_forward(device.layout, teacher.cfg, everything=True))
-        + device.narrow * teacher.layer
-    }
-    return _sum(_through(device) if device.region else {}, kept, own)
+    block = teacher.bytes(ffn_forward(device.layout, teacher.cfg, everything=True))
+    in_parts = device.layout.platform == "tpu" and teacher.cfg.moe is None and arrives(device.layout)
+    weights = sum(_matrices(teacher)) if in_parts else teacher.layer
+    return _sum(_through(device) if device.region else {}, kept, {TEACHING: block + device.narrow * weights})
 
 
 def update(device: Device) -> Bytes:

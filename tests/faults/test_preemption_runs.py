@@ -25,12 +25,6 @@ if "PLACE" in os.environ:  # MODULE:FUNCTION:N: the Nth call is told to stop
 
     setattr(module, name, hook)
 """
-RUN = """
-import sys
-from lmeff.cli import main
-
-sys.exit(main(sys.argv[1:]))
-"""
 RECIPE = """
             Stage(name="a", steps=9),
             Stage(
@@ -112,7 +106,7 @@ def test_commands_that_only_read_end_with_42_and_leave_nothing(tmp_path):
     }
     for line, place in places.items():
         words = line.split()
-        code, told, err = finish(command(*words, "--json", script=HOOK + RUN, PLACE=place))
+        code, told, err = finish(command(*words, "--json", before=HOOK, PLACE=place))
         assert (code, json.loads(told)["exit_code"]) == (42, 42), (words, err)
         assert "lmeff: told to stop (SIGTERM)" in err, words
         assert "Traceback" not in err, words

@@ -23,6 +23,7 @@ from tests.runs import lmeff, write_config, write_text
 
 MESH = ("--mesh.fsdp", "2", "--mesh.tensor", "2")
 TINY = ("--model.layers", "1", "--evaluate.batches", "1", "--train.steps", "3", "--optim.eps", "1e-6")
+RUN = "import sys; from lmeff.cli import main; sys.exit(main())"
 TWO = ("--processes", "2", "--devices", "8")
 
 
@@ -30,8 +31,8 @@ def config_of(folder, recipe='Stage(name="model"),'):
     return write_config(folder, write_text(folder), recipe=recipe, claims="")
 
 
-def command(*words, script=None, **environment):
-    """The command line in a process of its own, compiled in half the time. script: the Python program that runs it, for one that does more."""
+def command(*words, before="", **environment):
+    """The command line in a process of its own, compiled in half the time. before: Python code that the process runs first."""
     settings = {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
@@ -39,7 +40,7 @@ def command(*words, script=None, **environment):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
     return subprocess.Popen(
-        [sys.executable, *(["-m", "lmeff.cli"] if script is None else ["-c", script]), *map(str, words)],
+        [sys.executable, "-c", f"{before}\n{RUN}", *map(str, words)],
         env=os.environ | settings | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -117,17 +118,10 @@ def test_a_cluster_that_jax_detects_is_joined(single):
 @pytest.mark.parametrize("index", ["0", "1"])
 def test_a_host_that_is_alone_says_so_and_ends(index):
     """Started on one host of two, the one that the others join or another."""
-    script = """
-import sys
-from lmeff.cli import main
-from lmeff.parallel import processes
-
-processes.NOTICE, processes.JOINING = 0.5, 2.0
-sys.exit(main(sys.argv[1:]))
-"""
+    hurried = "from lmeff.parallel import processes; processes.NOTICE, processes.JOINING = 0.5, 2.0"
     slurm = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_LOCALID": index}
     alone = slurm | {"SLURM_PROCID": index, "JAX_COORDINATOR_PORT": free_port()}
-    code, out, err = finish(command("doctor", "--distributed", script=script, **alone))
+    code, out, err = finish(command("doctor", "--distributed", before=hurried, **alone))
     assert (code, out) == (1, ""), err
     assert "lmeff: waiting for the other hosts; --distributed is to be started on every one of them" in err
     assert "not all hosts came within 2 s, expected the same command on every one" in err.splitlines()[-1]
